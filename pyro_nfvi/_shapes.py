@@ -1,0 +1,97 @@
+"""Argument checks, and the one wording of the errors they raise.
+
+Every message names the owner, the argument, what was expected, what came, and the way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def type_name(value: Any) -> str:
+    """Name of the type of ``value``, as error messages print it."""
+    return type(value).__name__
+
+
+def check_positive_int(owner: str, argument: str, value: Any, minimum: int = 1) -> int:
+    """Return ``value`` if it is an integer of at least ``minimum``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{owner} expected `{argument}` to be an integer >= {minimum}, "
+                         f"got {value!r}.")
+    return value
+
+
+def check_positive_float(owner: str, argument: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a finite number above zero.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not ok or not 0 < value < float("inf"):
+        raise ValueError(f"{owner} expected `{argument}` to be a positive number, got {value!r}.")
+    return float(value)
+
+
+def check_tensor(owner: str, argument: str, value: Any, size: int) -> Tensor:
+    """Return ``value`` if it is a floating-point tensor of shape ``(*batch, size)``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{owner} expected `{argument}` to be a tensor of shape "
+                         f"(*batch, {size}), got {type_name(value)}.")
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{owner} expected `{argument}` of shape (*batch, {size}), "
+                         f"got {tuple(value.shape)}.")
+    if not value.is_floating_point():
+        raise ValueError(f"{owner} expected `{argument}` to hold floating-point numbers, "
+                         f"got {value.dtype}. Convert it: {argument}.double().")
+    return value
+
+
+def check_context(owner: str, context: Any, context_dim: int) -> Tensor | None:
+    """Return ``context`` if it fits a flow built with ``context_dim``.
+
+    Raises:
+        ValueError: If a context is missing, unexpected, or of another shape.
+    """
+    if context_dim == 0:
+        if context is not None:
+            raise ValueError(f"{owner} takes no `context` (it was built with context_dim=0). "
+                             f"Build it with context_dim={_last_size(context)}.")
+        return None
+    if context is None:
+        raise ValueError(f"{owner} expected `context` of shape (*batch, {context_dim}), got None. "
+                         f"Pass it: {owner.lower()}(u, context).")
+    return check_tensor(owner, "context", context, context_dim)
+
+
+def broadcast_batch(owner: str, argument: str, value: Tensor, context: Tensor | None
+                    ) -> tuple[Tensor, Tensor | None]:
+    """Broadcast the batch shapes of ``value`` and ``context`` against each other.
+
+    Raises:
+        ValueError: If the batch shapes do not broadcast.
+    """
+    if context is None or value.shape[:-1] == context.shape[:-1]:
+        return value, context
+    try:
+        batch = torch.broadcast_shapes(value.shape[:-1], context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{owner} expected the batch shapes of `{argument}` and `context` to broadcast, got "
+            f"{tuple(value.shape)} and {tuple(context.shape)}.") from None
+    return value.expand(*batch, value.shape[-1]), context.expand(*batch, context.shape[-1])
+
+
+def _last_size(value: Any) -> Any:
+    return value.shape[-1] if isinstance(value, Tensor) and value.dim() else "..."

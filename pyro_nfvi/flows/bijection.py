@@ -1,0 +1,107 @@
+"""The contract every flow layer keeps: an invertible map with its log-determinant."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from pyro_nfvi._shapes import (
+    broadcast_batch,
+    check_context,
+    check_positive_int,
+    check_tensor,
+    type_name,
+)
+
+
+class Bijection(nn.Module, ABC):
+    r"""An invertible map :math:`z = f(u)` with its log-determinant, in both directions.
+
+    .. math:: \log q(z) = \log p(u) - \log\left|\det \tfrac{\partial z}{\partial u}\right|
+
+    The public methods check and broadcast their arguments; a subclass writes ``_forward`` and
+    ``_inverse`` and may assume inputs of shape ``(*batch, input_dim)`` and a context that is
+    ``None`` or of shape ``(*batch, context_dim)``. A new bijection starts as the identity and
+    keeps no cache, so it copies, pickles, reloads and compiles.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Raises:
+        ValueError: If a dimension is not a positive integer, or an input has another shape.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        self.input_dim = check_positive_int(owner, "input_dim", input_dim)
+        self.context_dim = check_positive_int(owner, "context_dim", context_dim, minimum=0)
+
+    def forward(self, u: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Map noise to latent, the sampling direction: :math:`z,\ \log|\det dz/du|`."""
+        return self._forward(*self._checked("u", u, context))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Map any latent point back to noise: :math:`u,\ \log|\det du/dz|`."""
+        return self._inverse(*self._checked("z", z, context))
+
+    @abstractmethod
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Forward pass on checked inputs."""
+
+    @abstractmethod
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inverse pass on checked inputs."""
+
+    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inverse of ``z`` when its preimage ``u`` is known: only the derivatives are new.
+
+        The path gradient asks for this right after sampling. A layer with an iterative inverse
+        starts from ``u``; the others just invert.
+        """
+        return self._inverse(z, context)
+
+    def _checked(self, argument: str, value: Tensor, context: Tensor | None
+                 ) -> tuple[Tensor, Tensor | None]:
+        owner = type(self).__name__
+        value = check_tensor(owner, argument, value, self.input_dim)
+        context = check_context(owner, context, self.context_dim)
+        return broadcast_batch(owner, argument, value, context)
+
+    def extra_repr(self) -> str:
+        """Dimensions, as ``repr`` shows them."""
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{self.input_dim}{context}"
+
+
+class Inverse(Bijection):
+    """A bijection run backwards: its forward is the other's inverse.
+
+    Args:
+        bijection: The map to invert.
+
+    Example:
+        >>> import torch
+        >>> from pyro_nfvi.flows import Autoregressive
+        >>> maf_layer = Inverse(Autoregressive(3))     # density in one pass, sampling in three
+        >>> maf_layer(torch.zeros(3))[0].shape
+        torch.Size([3])
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        if not isinstance(bijection, Bijection):
+            raise ValueError("Inverse expected `bijection` to be a Bijection, got "
+                             f"{type_name(bijection)}.")
+        super().__init__(bijection.input_dim, bijection.context_dim)
+        self.bijection = bijection
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.bijection._inverse(u, context)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.bijection._forward(z, context)

@@ -1,0 +1,151 @@
+"""A flow: noise plus bijection, which together are a distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, TransformedDistribution
+from torch.func import functional_call
+
+from pyro_nfvi._shapes import type_name
+from pyro_nfvi.flows.base import Base, Gaussian
+from pyro_nfvi.flows.bijection import Bijection
+from pyro_nfvi.flows.transform import BijectionTransform
+
+
+class Flow(nn.Module):
+    r"""Normalizing flow: ``flow(context)`` is a distribution.
+
+    .. math:: u \sim p, \quad z = f(u), \quad \log q(z) = \log p(u) - \log|\det dz/du|
+
+    Args:
+        bijection: The map :math:`f`.
+        base: Distribution of the noise. Default: :class:`Gaussian`.
+
+    Shape:
+        z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log_prob: ``(*batch,)``.
+
+    Raises:
+        ValueError: If bijection and base are not that, or do not fit together.
+
+    Example:
+        >>> from pyro_nfvi.flows import nsf
+        >>> flow = Flow(nsf(3, context_dim=2))
+        >>> flow(torch.zeros(5, 2)).sample().shape
+        torch.Size([5, 3])
+
+    References:
+        Papamakarios et al. (2021), Normalizing Flows for Probabilistic Modeling and Inference,
+        arXiv:1912.02762, eq. 5-6.
+    """
+
+    def __init__(self, bijection: Bijection, base: Base | None = None) -> None:
+        super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise ValueError(f"Flow expected `bijection` to be a Bijection, got "
+                             f"{type_name(bijection)}. Wrap a transform: FromTransform(t, dim).")
+        base = Gaussian(bijection.input_dim) if base is None else base
+        if not isinstance(base, Base) or base.input_dim != bijection.input_dim:
+            raise ValueError(f"Flow expected `base` to be a Base over {bijection.input_dim} "
+                             f"coordinates, got {base!r}.")
+        self.bijection = bijection
+        self.base = base
+
+    @property
+    def input_dim(self) -> int:
+        """Number of coordinates."""
+        return self.bijection.input_dim
+
+    @property
+    def context_dim(self) -> int:
+        """Number of context coordinates."""
+        return self.bijection.context_dim
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """The distribution for this context."""
+        return FlowDistribution(self, context)
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density at any point, by the inverse."""
+        u, log_det = self.bijection.inverse(z, context)
+        return self.base.log_prob(u) + log_det
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = (),
+                             context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws and their log-densities in one pass, of shape ``(*sample_shape, *batch)``."""
+        u = self.base.rsample(torch.Size(sample_shape) + _batch_shape(context))
+        z, log_det = self.bijection(u, context)
+        return z, self.base.log_prob(u) - log_det
+
+    def rsample_and_path_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = (),
+                                  context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Draws and log-densities whose gradient follows only the path through the draw.
+
+        The score term of :math:`\nabla \log q_\phi(z_\phi(u))` has mean zero but not variance
+        zero; leaving it out makes the ELBO's gradient vanish at an exact fit. The value is the
+        same as that of :meth:`rsample_and_log_prob`.
+
+        References:
+            Roeder, Wu & Duvenaud (2017), Sticking the Landing, arXiv:1703.09194, eq. 5-7.
+        """
+        u = self.base.rsample(torch.Size(sample_shape) + _batch_shape(context))
+        z, _ = self.bijection(u, context)
+        return z, self._frozen(_LogProbAt(self), u.detach(), z, _detached(context))
+
+    @staticmethod
+    def _frozen(module: nn.Module, *args: Any) -> Tensor:
+        """Call a module with its parameters held constant."""
+        state = {name: p.detach() for name, p in module.named_parameters()}
+        result: Tensor = functional_call(module, state, args)
+        return result
+
+
+class _LogProbAt(nn.Module):
+    """Log-density of a flow at ``z`` whose noise ``u`` is known."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, u: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        z, context = self.flow.bijection._checked("z", z, context)
+        noise, log_det = self.flow.bijection._inverse_at(u, z, context)
+        return self.flow.base.log_prob(noise) + log_det
+
+
+class FlowDistribution(TransformedDistribution):
+    """A flow given its context, as a ``torch.distributions`` object.
+
+    Args:
+        flow: The flow.
+        context: Context, or None.
+        base: Distribution of the noise. Default: the flow's.
+    """
+
+    def __init__(self, flow: Flow, context: Tensor | None = None,
+                 base: Distribution | None = None) -> None:
+        self.flow = flow
+        self.context = context
+        base = flow.base().expand(_batch_shape(context)) if base is None else base
+        super().__init__(base, [BijectionTransform(flow.bijection, context)])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        """The same flow over another batch shape."""
+        base = self.base_dist.expand(torch.Size(batch_shape))
+        return type(self)(self.flow, self.context, base)
+
+    def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()
+                             ) -> tuple[Tensor, Tensor]:
+        """Draws and their log-densities in one pass."""
+        z = self.rsample(torch.Size(sample_shape))
+        return z, self.log_prob(z)
+
+
+def _batch_shape(context: Tensor | None) -> torch.Size:
+    return torch.Size() if context is None else context.shape[:-1]
+
+
+def _detached(context: Tensor | None) -> Tensor | None:
+    return None if context is None else context.detach()

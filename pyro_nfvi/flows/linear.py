@@ -1,0 +1,227 @@
+"""Linear layers: diagonal, triangular, LU, Householder, permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi.flows.bijection import Bijection
+from pyro_nfvi.flows.nets import ContextParameter
+
+
+class Diagonal(Bijection):
+    r"""Shift and scale of each coordinate: :math:`z = t + e^{s} \odot u`.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    References:
+        Dinh, Krueger & Bengio (2015), NICE, arXiv:1410.8516, section 3.3.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale = self.log_scale(context)
+        z = torch.addcmul(self.shift(context), u, log_scale.exp())
+        return z, log_scale.sum(-1).expand(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale = self.log_scale(context)
+        u = (z - self.shift(context)) * (-log_scale).exp()
+        return u, -log_scale.sum(-1).expand(z.shape[:-1])
+
+
+class Triangular(Bijection):
+    r"""Lower-triangular map :math:`z = t + L u` with :math:`L_{ii} = e^{s_i}`.
+
+    On a Gaussian base this is every Gaussian: :math:`L` is the Cholesky factor.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    References:
+        Kucukelbir et al. (2017), Automatic Differentiation Variational Inference,
+        arXiv:1603.00788, section 2.4 (the full-rank Gaussian).
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        square = torch.zeros(self.input_dim, self.input_dim)
+        self.lower = ContextParameter(square, self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        factor, log_scale = self._factor(context)
+        z = matvec(factor, u) + self.shift(context)
+        return z, log_scale.sum(-1).expand(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        factor, log_scale = self._factor(context)
+        u = _solve(factor, z - self.shift(context), upper=False)
+        return u, -log_scale.sum(-1).expand(z.shape[:-1])
+
+    def _factor(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_scale = self.log_scale(context)
+        factor = self.lower(context).tril(-1) + torch.diag_embed(log_scale.exp())
+        return factor, log_scale
+
+
+class LULinear(Bijection):
+    r"""General linear map :math:`z = t + L U u` with unit-lower :math:`L`, upper :math:`U`.
+
+    .. math:: \log|\det J| = \textstyle\sum_i s_i, \qquad U_{ii} = e^{s_i}
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    References:
+        Kingma & Dhariwal (2018), Glow, arXiv:1807.03039, eq. 10.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        square = torch.zeros(self.input_dim, self.input_dim)
+        self.entries = ContextParameter(square, self.context_dim)  # L below, U above the diagonal
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        lower, upper, log_scale = self._factors(context)
+        z = matvec(lower, matvec(upper, u)) + self.shift(context)
+        return z, log_scale.sum(-1).expand(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        lower, upper, log_scale = self._factors(context)
+        half = _solve(lower, z - self.shift(context), upper=False)
+        return _solve(upper, half, upper=True), -log_scale.sum(-1).expand(z.shape[:-1])
+
+    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        entries, log_scale = self.entries(context), self.log_scale(context)
+        lower = entries.tril(-1) + torch.diag_embed(torch.ones_like(log_scale))
+        upper = entries.triu(1) + torch.diag_embed(log_scale.exp())
+        return lower, upper, log_scale
+
+
+class Householder(Bijection):
+    r"""Rotation as a product of reflections, of zero log-determinant.
+
+    .. math:: z = H_M \cdots H_1 u, \qquad H_m = I - 2 \frac{v_m v_m^\top}{v_m^\top v_m}
+
+    The vectors start in equal pairs, whose reflections undo each other.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+        num_reflections: Number of reflections :math:`M`, an even number.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Raises:
+        ValueError: If the number of reflections is odd.
+
+    References:
+        Tomczak & Welling (2016), Improving Variational Auto-Encoders using Householder Flow,
+        arXiv:1611.09630, eq. 9.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0, *, num_reflections: int = 2) -> None:
+        super().__init__(input_dim, context_dim)
+        check_positive_int("Householder", "num_reflections", num_reflections, minimum=2)
+        if num_reflections % 2:
+            raise ValueError("Householder expected `num_reflections` to be even (pairs start as "
+                             f"the identity), got {num_reflections}.")
+        pairs = torch.randn(num_reflections // 2, self.input_dim).repeat_interleave(2, 0)
+        self.vectors = ContextParameter(pairs, self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._reflect(u, self.vectors(context).unbind(-2))
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._reflect(z, self.vectors(context).unbind(-2)[::-1])
+
+    @staticmethod
+    def _reflect(x: Tensor, vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        for v in vectors:
+            ratio = (x * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
+            x = x - 2 * ratio * v
+        return x, x.new_zeros(x.shape[:-1])
+
+
+class Permutation(Bijection):
+    """Fixed reordering of the coordinates: ``z[..., i] = u[..., order[i]]``.
+
+    Args:
+        order: A permutation of ``range(D)``.
+
+    Raises:
+        ValueError: If ``order`` is no permutation.
+
+    Example:
+        >>> Permutation([2, 0, 1])(torch.tensor([10.0, 20.0, 30.0]))[0]
+        tensor([30., 10., 20.])
+    """
+
+    order: Tensor
+    inverse_order: Tensor
+
+    def __init__(self, order: Sequence[int] | Tensor) -> None:
+        order = _checked_order(order)
+        super().__init__(order.numel())
+        self.register_buffer("order", order)
+        self.register_buffer("inverse_order", order.argsort())
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return u[..., self.order], u.new_zeros(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z[..., self.inverse_order], z.new_zeros(z.shape[:-1])
+
+
+def _checked_order(order: Sequence[int] | Tensor) -> Tensor:
+    try:
+        places = torch.as_tensor(order)
+        fits = sorted(places.tolist()) == list(range(len(places)))
+    except (TypeError, ValueError, RuntimeError):  # of no use as numbers
+        fits = False
+    if not fits:
+        raise ValueError("Permutation expected `order` to be a permutation of 0, ..., D - 1, "
+                         f"got {order!r}.")
+    return places.long()
+
+
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix @ vector`` for one matrix, or one a batch element."""
+    if matrix.dim() == 2:
+        return vector @ matrix.mT
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _solve(matrix: Tensor, vector: Tensor, *, upper: bool) -> Tensor:
+    """Solve a triangular ``matrix @ x = vector`` for one matrix, or one a batch element."""
+    if matrix.dim() == 2:
+        rows = vector.reshape(-1, vector.shape[-1])
+        solution = torch.linalg.solve_triangular(matrix.mT, rows, upper=not upper, left=False)
+        return solution.reshape(vector.shape)
+    solution = torch.linalg.solve_triangular(matrix, vector.unsqueeze(-1), upper=upper)
+    return solution.squeeze(-1)

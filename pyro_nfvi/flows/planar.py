@@ -1,0 +1,274 @@
+"""Planar, radial and Sylvester flows: low-rank moves, log-det by the determinant lemma."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi.flows.bijection import Bijection
+from pyro_nfvi.flows.linear import matvec
+from pyro_nfvi.flows.nets import ContextParameter
+from pyro_nfvi.flows.roots import Residual, increasing_root, refine_root
+
+MARGIN = 1e-3  # keeps every derivative of a layer above this: invertible in float32 too
+ZERO = math.log(math.expm1(1.0))  # softplus(ZERO) = 1
+
+
+class Planar(Bijection):
+    r"""Planar flow: a ridge of stretch or squeeze across one direction.
+
+    .. math::
+        z = u + \hat v \tanh(w^\top u + b), \qquad
+        \hat v = v + [m(w^\top v) - w^\top v] \frac{w}{w^\top w}, \qquad
+        \log|\det J| = \log\left|1 + w^\top \hat v\, (1 - \tanh^2(w^\top u + b))\right|
+
+    with :math:`m(x) = (1 - \epsilon)(\mathrm{softplus}(x + \log(e - 1)) - 1) > -1`, so that the
+    map is invertible and :math:`v = 0` is the identity. The inverse solves one scalar equation.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Example:
+        >>> layer = Planar(2)
+        >>> u = torch.randn(5, 2)
+        >>> z, log_det = layer(u)
+        >>> torch.allclose(layer.inverse(z)[0], u)
+        True
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows,
+        arXiv:1505.05770, eq. 10-12 and appendix A.1.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        direction = torch.randn(self.input_dim) / math.sqrt(self.input_dim)
+        init = torch.cat([direction, torch.zeros(self.input_dim + 1)])
+        self.params = ContextParameter(init, self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, v, b, stretch = self._weights(context)
+        t = torch.tanh(_dot(u, w) + b)
+        z = torch.addcmul(u, t.unsqueeze(-1), v)
+        return z, torch.log1p(stretch * (1 - t * t))
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, v, b, stretch = self._weights(context)
+        target = _dot(z, w) + b
+        reach = stretch.abs()
+        s = increasing_root(_ridge(target, stretch), target - reach, target + reach)
+        return self._undo(z, v, stretch, s)
+
+    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, v, b, stretch = self._weights(context)
+        s = refine_root(_ridge(_dot(z, w) + b, stretch), _dot(u, w) + b)
+        return self._undo(z, v, stretch, s)
+
+    @staticmethod
+    def _undo(z: Tensor, v: Tensor, stretch: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.tanh(s)
+        u = torch.addcmul(z, t.unsqueeze(-1), v, value=-1)
+        return u, -torch.log1p(stretch * (1 - t * t))
+
+    def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The paper's w, constrained v, b, and the product of w with the constrained v."""
+        dim = self.input_dim
+        w, v, b = self.params(context).split([dim, dim, 1], -1)
+        raw = (w * v).sum(-1, keepdim=True)
+        stretch = _above_minus_one(raw)
+        norm = (w * w).sum(-1, keepdim=True) + torch.finfo(w.dtype).tiny
+        return w, torch.addcmul(v, (stretch - raw) / norm, w), b.squeeze(-1), stretch.squeeze(-1)
+
+
+class Radial(Bijection):
+    r"""Radial flow: stretch or squeeze around a centre.
+
+    .. math::
+        z = u + \frac{\beta}{\alpha + r} (u - c), \quad r = \lVert u - c \rVert, \quad
+        \log|\det J| = (D - 1) \log\left(1 + \frac{\beta}{\alpha + r}\right)
+        + \log\left(1 + \frac{\alpha \beta}{(\alpha + r)^2}\right)
+
+    with :math:`\alpha > 0` and :math:`\beta = \alpha\, m(\tilde\beta) > -\alpha`, where
+    :math:`m(0) = 0` is the identity. The inverse is the root of a quadratic in :math:`r`.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows,
+        arXiv:1505.05770, eq. 14 and appendix A.2.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        log_alpha = torch.tensor([0.5 * math.log(self.input_dim)])  # the radius of typical noise
+        init = torch.cat([torch.randn(self.input_dim), log_alpha, torch.zeros(1)])
+        self.params = ContextParameter(init, self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        centre, alpha, beta = self._weights(context)
+        offset = u - centre
+        r = torch.linalg.vector_norm(offset, dim=-1)
+        z = torch.addcmul(u, (beta / (alpha + r)).unsqueeze(-1), offset)
+        return z, self._log_det(r, alpha, beta)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        centre, alpha, beta = self._weights(context)
+        offset = z - centre
+        r = _radius(torch.linalg.vector_norm(offset, dim=-1), alpha, beta)
+        u = centre + offset / (1 + beta / (alpha + r)).unsqueeze(-1)
+        return u, -self._log_det(r, alpha, beta)
+
+    def _log_det(self, r: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        h = 1 / (alpha + r)
+        return (self.input_dim - 1) * torch.log1p(beta * h) + torch.log1p(alpha * beta * h * h)
+
+    def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        centre, log_alpha, raw = self.params(context).split([self.input_dim, 1, 1], -1)
+        alpha = log_alpha.squeeze(-1).exp()
+        return centre, alpha, alpha * _above_minus_one(raw.squeeze(-1))
+
+
+class Sylvester(Bijection):
+    r"""Sylvester flow: :math:`M` ridges at once, in an orthonormal frame.
+
+    .. math::
+        z = u + Q R \tanh(\tilde R Q^\top u + b), \qquad
+        \log|\det J| = \textstyle\sum_i \log(1 + R_{ii} \tilde R_{ii} \tanh'(\cdot)_i)
+
+    :math:`Q` is :math:`D \times M` orthonormal (the QR factor of a learned matrix) and
+    :math:`R, \tilde R` are upper triangular with diagonals inside :math:`(-1, 1)`. :math:`R = 0`
+    is the identity. The inverse solves the triangular system from its last equation up, one
+    scalar root each.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+        num_ridges: Number of ridges :math:`M`, at most :math:`D`. Default: all, up to 16.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Raises:
+        ValueError: If there are more ridges than coordinates.
+
+    References:
+        van den Berg, Hasenclever, Tomczak & Welling (2018), Sylvester Normalizing Flows for
+        Variational Inference, arXiv:1803.05649, eq. 6-9.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0, *,
+                 num_ridges: int | None = None) -> None:
+        super().__init__(input_dim, context_dim)
+        self.num_ridges = min(self.input_dim, 16) if num_ridges is None else num_ridges
+        check_positive_int("Sylvester", "num_ridges", self.num_ridges)
+        if self.num_ridges > self.input_dim:
+            raise ValueError(f"Sylvester expected `num_ridges` of at most input_dim="
+                             f"{self.input_dim}, got {num_ridges}.")
+        size = self.num_ridges
+        self.frame = ContextParameter(torch.randn(self.input_dim, size), self.context_dim)
+        self.outer = ContextParameter(torch.zeros(size, size), self.context_dim)
+        self.inner = ContextParameter(torch.ones(size).diag(), self.context_dim)
+        self.bias = ContextParameter(torch.zeros(size), self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, outer, inner, b = self._weights(context)
+        t = torch.tanh(matvec(inner, matvec(q.mT, u)) + b)
+        return u + matvec(q, matvec(outer, t)), _sylvester_log_det(outer, inner, t)
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, outer, inner, b = self._weights(context)
+        t = _triangular_root(matvec(q.mT, z), outer, inner, b, None)
+        return z - matvec(q, matvec(outer, t)), -_sylvester_log_det(outer, inner, t)
+
+    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, outer, inner, b = self._weights(context)
+        t = _triangular_root(matvec(q.mT, z), outer, inner, b, matvec(q.mT, u))
+        return z - matvec(q, matvec(outer, t)), -_sylvester_log_det(outer, inner, t)
+
+    def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q = torch.linalg.qr(self.frame(context)).Q
+        outer, inner = _bounded_upper(self.outer(context)), _bounded_upper(self.inner(context))
+        return q, outer, inner, self.bias(context)
+
+    def extra_repr(self) -> str:
+        """Dimensions and number of ridges."""
+        return f"{super().extra_repr()}, num_ridges={self.num_ridges}"
+
+
+def _above_minus_one(x: Tensor) -> Tensor:
+    r"""The constraint :math:`m(x) > -1` with :math:`m(0) = 0`."""
+    return (1 - MARGIN) * (F.softplus(x + ZERO) - 1)
+
+
+def _dot(x: Tensor, w: Tensor) -> Tensor:
+    """Inner products of ``x`` with one vector, or with one a batch element."""
+    return x @ w if w.dim() == 1 else (x * w).sum(-1)
+
+
+def _ridge(target: Tensor, stretch: Tensor) -> Residual:
+    r"""Residual of :math:`s + k \tanh s = y`, increasing in :math:`s` for :math:`k > -1`."""
+    def residual(s: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.tanh(s)
+        return s + stretch * t - target, 1 + stretch * (1 - t * t)
+    return residual
+
+
+def _radius(distance: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    r"""Root :math:`r \ge 0` of :math:`r^2 + (\alpha + \beta - d) r - \alpha d = 0`."""
+    p = distance - alpha - beta
+    q = (p * p + 4 * alpha * distance).sqrt()
+    cancelling = 2 * alpha * distance / (q - p.clamp(max=0))  # the same root, for p < 0
+    return torch.where(p < 0, cancelling, (p + q) / 2)
+
+
+def _bounded_upper(raw: Tensor) -> Tensor:
+    """Upper-triangular matrix whose diagonal lies strictly inside (-1, 1)."""
+    diagonal = (1 - MARGIN) * torch.tanh(raw.diagonal(dim1=-2, dim2=-1))
+    return raw.triu(1) + torch.diag_embed(diagonal)
+
+
+def _sylvester_log_det(outer: Tensor, inner: Tensor, t: Tensor) -> Tensor:
+    gain = outer.diagonal(dim1=-2, dim2=-1) * inner.diagonal(dim1=-2, dim2=-1)
+    return torch.log1p(gain * (1 - t * t)).sum(-1)
+
+
+def _triangular_root(target: Tensor, outer: Tensor, inner: Tensor, bias: Tensor,
+                     known: Tensor | None) -> Tensor:
+    r"""Solve :math:`y + R t = \text{target},\ t = \tanh(\tilde R y + b)` for :math:`t`."""
+    size = target.shape[-1]
+    y: list[Tensor] = []  # from the last coordinate to the first
+    t: list[Tensor] = []
+    for i in reversed(range(size)):
+        rest = target[..., i] - _weighted(outer[..., i, i + 1:], t)
+        offset = bias[..., i] + _weighted(inner[..., i, i + 1:], y)
+        residual = _ridge_in_frame(rest, outer[..., i, i], inner[..., i, i], offset)
+        reach = outer[..., i, i].abs()
+        y_i = (increasing_root(residual, rest - reach, rest + reach) if known is None
+               else refine_root(residual, known[..., i]))
+        y.insert(0, y_i)
+        t.insert(0, torch.tanh(inner[..., i, i] * y_i + offset))
+    return torch.stack(t, -1)
+
+
+def _weighted(row: Tensor, values: list[Tensor]) -> Tensor | float:
+    return (row * torch.stack(values, -1)).sum(-1) if values else 0.0
+
+
+def _ridge_in_frame(target: Tensor, outer: Tensor, inner: Tensor, offset: Tensor) -> Residual:
+    def residual(y: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.tanh(inner * y + offset)
+        return y + outer * t - target, 1 + outer * inner * (1 - t * t)
+    return residual

@@ -1,0 +1,119 @@
+"""Rational-quadratic splines, in the notation of the paper."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyro_nfvi._shapes import check_positive_float, check_positive_int
+from pyro_nfvi.flows.transformers import Transformer
+
+MIN_BIN = 1e-3  # smallest bin, as a fraction of the box: the paper's implementation
+MIN_SLOPE = 1e-3  # smallest derivative at a knot, likewise
+MAX_LOG_SCALE = 3.0  # soft clamp of the log-scale of the output box
+ZERO_SLOPE = math.log(math.expm1(1 - MIN_SLOPE))  # makes zero parameters give derivative 1
+
+
+class RationalQuadraticSpline(Transformer):
+    r"""Monotone rational-quadratic spline with linear tails and a learned output box.
+
+    Knots :math:`(x^{(k)}, y^{(k)})` with derivatives :math:`\delta^{(k)}` cut
+    :math:`[-B, B]` into :math:`K` bins. With :math:`\xi = (u - x^{(k)}) / w^{(k)}` and
+    :math:`s^{(k)} = h^{(k)} / w^{(k)}`,
+
+    .. math::
+        g(u) = y^{(k)} + \frac{h^{(k)} [s^{(k)} \xi^2 + \delta^{(k)} \xi (1 - \xi)]}
+        {s^{(k)} + [\delta^{(k+1)} + \delta^{(k)} - 2 s^{(k)}] \xi (1 - \xi)},
+        \qquad z = t + e^{a} g(u).
+
+    Unlike the paper's, the box is no wall: outside it the spline goes on as the straight line
+    of its end derivative, and its image :math:`[t - e^a B, t + e^a B]` is learned, so that mass
+    far from the start is within reach.
+
+    Args:
+        num_bins: Number of bins :math:`K`.
+        bound: Half-width :math:`B` of the box.
+
+    Shape:
+        u: ``(*batch, n)``; params: ``(*batch, n, 3 * num_bins + 3)``.
+
+    References:
+        Durkan, Bekasov, Murray & Papamakarios (2019), Neural Spline Flows, arXiv:1906.04032,
+        eq. 4-8 and section 3.1.
+    """
+
+    def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
+        owner = "RationalQuadraticSpline"
+        self.num_bins = check_positive_int(owner, "num_bins", num_bins, minimum=2)
+        if num_bins * MIN_BIN >= 1:
+            raise ValueError(f"{owner} expected `num_bins` below {1 / MIN_BIN:.0f}, "
+                             f"got {num_bins}.")
+        self.bound = check_positive_float(owner, "bound", bound)
+        self.params_per_dim = 3 * self.num_bins + 3
+
+    def forward(self, u: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Spline, then the affine map of the output box."""
+        bins, slopes, shift, log_scale = self._split(params)
+        inside = u.clamp(-self.bound, self.bound)
+        x, y, w, h, d0, d1 = self._bin(inside, bins, slopes, axis=0)
+        xi = ((u - x) / w).clamp(0, 1)  # exactly 0 and 1 in the tails: theirs is the end slope
+        value, slope = self._spline(xi, y, w, h, d0, d1)
+        value = torch.addcmul(value, slope, u - inside)  # linear tails
+        return torch.addcmul(shift, value, log_scale.exp()), slope.log() + log_scale
+
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The affine map undone, then the root of the bin's quadratic."""
+        bins, slopes, shift, log_scale = self._split(params)
+        value = (z - shift) * (-log_scale).exp()
+        inside = value.clamp(-self.bound, self.bound)
+        x, y, w, h, d0, d1 = self._bin(inside, bins, slopes, axis=1)
+        xi = _quadratic_root(inside - y, h, h / w, d0, d1)
+        _, slope = self._spline(xi, y, w, h, d0, d1)
+        slope = torch.where(value == inside, slope, torch.where(value > 0, d1, d0))
+        u = torch.addcmul(x, w, xi) + (value - inside) / slope
+        return u, -slope.log() - log_scale
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Bin sizes ``(*batch, n, 2, K)``, raw derivatives, and the output box."""
+        count = self.num_bins
+        raw_bins, slopes, shift, raw_scale = params.mT.split([2 * count, count + 1, 1, 1], -2)
+        sizes = torch.softmax(raw_bins.unflatten(-2, (2, count)), -2)
+        bins = sizes * (2 * self.bound * (1 - MIN_BIN * count)) + 2 * self.bound * MIN_BIN
+        log_scale = MAX_LOG_SCALE * torch.tanh(raw_scale.squeeze(-2) / MAX_LOG_SCALE)
+        return bins, slopes, shift.squeeze(-2), log_scale
+
+    def _bin(self, value: Tensor, bins: Tensor, slopes: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """Left knot, size and end derivatives of the bin that holds ``value``."""
+        knots = torch.cumsum(bins, -2) - self.bound
+        found = (knots[..., axis, :-1, :] <= value.unsqueeze(-2)).sum(-2, keepdim=True)
+        index = found.unsqueeze(-3).expand(*bins.shape[:-2], 1, bins.shape[-1])
+        w, h = (size := bins.gather(-2, index).squeeze(-2)).unbind(-2)
+        x, y = (knots.gather(-2, index).squeeze(-2) - size).unbind(-2)
+        ends = slopes.gather(-2, torch.cat([found, found + 1], -2))
+        d0, d1 = (F.softplus(ends + ZERO_SLOPE) + MIN_SLOPE).unbind(-2)
+        return x, y, w, h, d0, d1
+
+    @staticmethod
+    def _spline(xi: Tensor, y: Tensor, w: Tensor, h: Tensor, d0: Tensor, d1: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        """Value and derivative inside a bin (eq. 4 and 5)."""
+        s, rest = h / w, 1 - xi
+        mixed = xi * rest
+        denominator = s + (d1 + d0 - 2 * s) * mixed
+        value = y + h * (s * xi * xi + d0 * mixed) / denominator
+        numerator = d1 * xi * xi + 2 * s * mixed + d0 * rest * rest
+        return value, (s / denominator).square() * numerator
+
+
+def _quadratic_root(height: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    r"""Solve eq. 6 for :math:`\xi`, by the form of the root that never cancels (A.3)."""
+    curve = height * (d1 + d0 - 2 * s)
+    a = h * (s - d0) + curve
+    b = h * d0 - curve
+    c = -s * height
+    # The discriminant is positive for exact arithmetic; rounding may say otherwise.
+    root = (b * b - 4 * a * c).clamp(min=torch.finfo(c.dtype).tiny).sqrt()
+    return (2 * c / (-b - root)).clamp(0, 1)
