@@ -1,0 +1,12 @@
+"""Guides: flows over the latents of a Pyro model.
+
+:class:`AutoFlow` draws all latents of a model from one flow and goes wherever Pyro takes an
+``AutoContinuous`` guide; :class:`LatentLayout` is the map between named sites and the flow's
+vector.
+"""
+
+from pyro_nfvi.guides.auto_flow import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
+from pyro_nfvi.guides.layout import LatentLayout, LatentSite
+
+__all__ = ["AutoFlow", "AutoIAF", "AutoPlanar", "AutoRadial", "AutoSpline", "LatentLayout",
+           "LatentSite"]

@@ -1,0 +1,388 @@
+"""One flow over all latents of a model, as a drop-in Pyro guide."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from torch import Tensor
+from torch.distributions import Transform
+from torch.func import functional_call
+
+from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi.flows import (
+    Base,
+    Bijection,
+    BijectionTransform,
+    Compose,
+    Diagonal,
+    Flow,
+    FromTransform,
+    Gaussian,
+    iaf,
+    nsf,
+    planar,
+    radial,
+    realnvp,
+)
+from pyro_nfvi.guides.layout import LatentLayout, LatentSite
+from pyro_nfvi.guides.param_store import register_parameters
+from pyro_nfvi.guides.prototype import PrototypeCheck, check_prototype
+from pyro_nfvi.guides.pyro_dist import LatentDelta, LatentDistribution, NoiseDistribution
+
+Recipe = Callable[[int], Any]  # number of latents -> Bijection, or any torch transform
+NUM_QUANTILE_DRAWS = 4000
+
+
+class AutoFlow(AutoContinuous):
+    r"""Guide that draws all latents of a model from one normalizing flow.
+
+    .. math:: u \sim p, \qquad z = t + A f(u), \qquad
+              \text{value}_s = \mathrm{biject\_to}(\text{support}_s)(z_s)
+
+    :math:`f` is the flow of ``recipe``, which starts as the identity; the affine map after it
+    starts at the location of ``init_loc_fn`` with scale ``init_scale``. The guide follows the
+    dtype and device of the model, and works wherever Pyro takes an ``AutoContinuous`` guide:
+    ``SVI`` with every ``Trace*_ELBO``, ``Predictive``, ``NeuTraReparam``, ``AutoGuideList``.
+
+    As every Pyro guide it is built at its first call; :meth:`setup` builds it before, for an
+    optimiser that asks for ``guide.parameters()``.
+
+    Args:
+        model: A Pyro model whose latents are continuous.
+        recipe: Function from the number of latents to a bijection (or to any torch, Pyro or
+            Zuko transform), such as :func:`~pyro_nfvi.flows.nsf`. Default: Real NVP.
+        init_loc_fn: Per-site initialisation function of Pyro.
+        init_scale: Standard deviation of the unconstrained latents at the start.
+        base: Function from the number of latents to the noise. Default: Gaussian.
+        affine: Function from the number of latents to the affine map:
+            :class:`~pyro_nfvi.flows.Diagonal` or :class:`~pyro_nfvi.flows.Triangular`.
+        create_plates: Function of the model's arguments that returns its plates, for data
+            subsampling.
+        **options: Options of the recipe, such as ``num_layers``.
+
+    Raises:
+        ValueError: If an argument is of another kind, or the recipe takes no such option; at
+            the first call, if the model has no latent, a discrete one, or one that is local to
+            a subsampled plate.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> guide = AutoFlow(model, planar, num_layers=2)
+        >>> guide()["x"].shape, guide.sample_posterior(5)["x"].shape
+        (torch.Size([3]), torch.Size([5, 3]))
+
+    References:
+        Rezende & Mohamed (2015), Variational Inference with Normalizing Flows,
+        arXiv:1505.05770; Kucukelbir et al. (2017), Automatic Differentiation Variational
+        Inference, arXiv:1603.00788 (the map to the reals).
+    """
+
+    default_recipe: Recipe = staticmethod(realnvp)
+
+    def __init__(self, model: Callable, recipe: Recipe | None = None, *,
+                 init_loc_fn: Callable = init_to_median, init_scale: float = 0.1,
+                 base: Callable[[int], Base] = Gaussian,
+                 affine: Callable[[int], Bijection] = Diagonal,
+                 create_plates: Callable | None = None, **options: Any) -> None:
+        owner = type(self).__name__
+        recipe = type(self).default_recipe if recipe is None else recipe
+        _check_callables(owner, model=model, recipe=recipe, init_loc_fn=init_loc_fn, base=base,
+                         affine=affine)
+        self.init_scale = check_positive_float(owner, "init_scale", init_scale)
+        self.recipe = _with_options(owner, recipe, options)
+        self._base_recipe, self._affine_recipe = base, affine
+        self.layout: LatentLayout | None = None
+        AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+
+    # ------------------------------------------------------------------ building
+
+    def setup(self, *args: Any, **kwargs: Any) -> AutoFlow:
+        """Build the flow's parameters for these model arguments, if not yet built.
+
+        Returns:
+            The guide itself.
+        """
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            AutoGuide._setup_prototype(self, *args, **kwargs)
+            try:
+                self._build()
+            except Exception:
+                self.prototype_trace = None  # the next call starts afresh
+                raise
+        self._check = PrototypeCheck(type(self).__name__, self.layout, args, kwargs)
+
+    def _build(self) -> None:
+        check_prototype(type(self).__name__, self.prototype_trace)
+        self.layout = LatentLayout.from_trace(self.prototype_trace)
+        # What AutoContinuous and NeuTraReparam read:
+        self.latent_dim = self.layout.size
+        self._unconstrained_shapes = {s.name: s.unconstrained_shape for s in self.layout}
+        self._cond_indep_stacks = {name: node["cond_indep_stack"] for name, node
+                                   in self.prototype_trace.iter_stochastic_nodes()}
+        loc = self._init_loc()
+        flow = Flow(Compose([self._bijection(), self._affine_recipe(self.latent_dim)]),
+                    self._base_recipe(self.latent_dim))
+        self.flow = flow.to(dtype=loc.dtype, device=loc.device)
+        _set_affine(flow.bijection.layers[-1], loc, self.init_scale)
+
+    def _bijection(self) -> Bijection:
+        made = self.recipe(self.latent_dim)
+        if isinstance(made, Bijection):
+            return made
+        if isinstance(made, Transform) or (isinstance(made, torch.nn.Module) and callable(made)):
+            return FromTransform(made, self.latent_dim)
+        raise ValueError(f"{type(self).__name__} expected `recipe` to return a Bijection or a "
+                         f"transform, got {type_name(made)}.")
+
+    def _flow(self) -> Flow:
+        """The flow, its parameters registered with Pyro if this is a step of Pyro's."""
+        if self.prototype_trace is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} is built at its first call. Call it with the model's "
+                               f"arguments, or {name}.setup(*args), first.")
+        flow: Flow = self._modules["flow"]  # not self.flow, which would call pyro.module
+        if self._pyro_context.active:
+            if pyro.settings.get("module_local_params"):
+                return self.flow
+            register_parameters(self._pyro_get_fullname("flow"), flow)
+        return flow
+
+    # ------------------------------------------------------------------ Pyro's contract
+
+    def get_base_dist(self) -> NoiseDistribution:
+        """Distribution of the noise."""
+        flow = self._flow()
+        return NoiseDistribution(flow.base, copies=self._copies_in_neutra(),
+                                 log_det=lambda u: flow.bijection(u)[1])
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> BijectionTransform:
+        """Transform from the noise to the flat unconstrained latent."""
+        return BijectionTransform(self._flow().bijection)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> LatentDistribution:
+        """Distribution of the flat unconstrained latent."""
+        return LatentDistribution(self.get_base_dist(), self.get_transform(), self._loc_scale)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site of the model.
+
+        Returns:
+            Constrained values by site name.
+
+        Raises:
+            ValueError: If the model's latent sites are no longer those the guide was built for.
+        """
+        self.setup(*args, **kwargs)
+        if self._model is not None:
+            self._check(self.model, args, kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        return {site.name: self._sample_site(site, unconstrained, plates)
+                for site, unconstrained in self._aligned(latent)}
+
+    def _sample_site(self, site: LatentSite, unconstrained: Tensor, plates: dict) -> Tensor:
+        value, log_det = site.constrain(unconstrained)
+        log_density = 0.0 if poutine.get_mask() is False else -log_det
+        with ExitStack() as stack:
+            for frame in self._cond_indep_stacks[site.name]:
+                stack.enter_context(plates[frame.name])
+            return pyro.sample(site.name, LatentDelta(value, log_density, site.event_dim))
+
+    def _aligned(self, latent: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
+        """Slices whose batch dimensions (of particles) are aligned with the site's plates."""
+        for site in self.layout:
+            part = latent[..., site.start:site.start + site.size]
+            num_event = len(site.unconstrained_shape) - len(site.batch_shape)
+            batch = torch.broadcast_shapes(latent.shape[:-1], site.batch_shape)
+            event = site.unconstrained_shape[len(site.unconstrained_shape) - num_event:]
+            yield site, part.reshape(batch + event)
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict, Tensor]]:
+        for site, unconstrained in self._aligned(latent):
+            yield self.prototype_trace.nodes[site.name], unconstrained
+
+    def _copies_in_neutra(self) -> float:
+        """How often NeuTraReparam counts what it adds to the first site's log-density."""
+        node = next(iter(self.prototype_trace.iter_stochastic_nodes()))[1]
+        mask = torch.as_tensor(True if node["mask"] is None else node["mask"])
+        counted = mask.expand(torch.broadcast_shapes(mask.shape, node["fn"].batch_shape))
+        return float(node["scale"] * counted.sum())
+
+    # ------------------------------------------------------------------ reading the posterior
+
+    @torch.no_grad()
+    def sample_posterior(self, num_samples: int) -> dict[str, Tensor]:
+        """Draw constrained values ``(num_samples, *site.shape)`` of every site.
+
+        Raises:
+            ValueError: If ``num_samples`` is not a positive integer.
+        """
+        check_positive_int(type(self).__name__, "num_samples", num_samples)
+        z, _ = self._flow().rsample_and_log_prob((num_samples,))
+        return self.layout.constrain(z)[0]
+
+    def log_prob(self, values: dict[str, Tensor]) -> Tensor:
+        """Log-density of any constrained values ``(*sample, *site.shape)``.
+
+        Returns:
+            Log-densities of shape ``(*sample,)``.
+
+        Raises:
+            ValueError: If a site is missing, of another shape, or outside its support.
+        """
+        flow = self._flow()
+        z = self.layout.pack(values)
+        return flow.log_prob(z) - self.layout.constrain(z)[1]
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal medians (on the unconstrained scale, mapped to the support)."""
+        return {name: value[0] for name, value in self.quantiles([0.5]).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Iterable[float] | Tensor, *args: Any, **kwargs: Any
+                  ) -> dict[str, Tensor]:
+        """Marginal quantiles ``(len(quantiles), *site.shape)`` of every site.
+
+        They are taken of seeded draws, on the unconstrained scale, and mapped to the support;
+        the global random state stays as it was.
+        """
+        shift, centred = self._centred_draws()
+        levels = torch.as_tensor(quantiles, dtype=shift.dtype, device=shift.device)
+        return self.layout.constrain(shift + _quantiles(centred, levels))[0]
+
+    @torch.no_grad()
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        shift, centred = self._centred_draws()
+        return shift + centred.mean(0), centred.std(0)
+
+    def _centred_draws(self) -> tuple[Tensor, Tensor]:
+        """Location of the affine map, and draws relative to it.
+
+        Kept apart, so that a scale far below the location survives float32. Draws come with
+        their mirror images where the noise is symmetric: at the start the median is then the
+        location, exactly.
+        """
+        flow = self._flow()
+        with _seeded(self._prototype_device()):
+            u = flow.base.rsample((NUM_QUANTILE_DRAWS // 2,))
+        u = torch.cat([u, -u, torch.zeros_like(u[:1])]) if flow.base.symmetric else u
+        *inner, affine = flow.bijection.layers
+        shift = affine.shift()
+        zero = {"shift.value": torch.zeros_like(shift)}
+        return shift, functional_call(affine, zero, (Compose(inner)(u)[0],))[0]
+
+    def _prototype_device(self) -> torch.device:
+        return self._modules["flow"].base.zeros.device
+
+    # ------------------------------------------------------------------ copies
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load parameters into a guide that is already built.
+
+        Raises:
+            RuntimeError: If the guide is not built yet.
+        """
+        self._flow()
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():  # Pyro's weak reference, which it sets at each read
+            parameter.__dict__.pop("unconstrained", None)
+        return {**self.__dict__, "_model": None, "master": None}  # a copy: self stays whole
+
+    def __deepcopy__(self, memo: dict) -> AutoFlow:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        shared = ("_model", "prototype_trace", "layout", "recipe", "create_plates", "_check",
+                  "_cond_indep_stacks", "plates")
+        for name, value in self.__dict__.items():
+            new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        return new
+
+
+class AutoPlanar(AutoFlow):
+    """:class:`AutoFlow` with a planar flow (Rezende & Mohamed 2015)."""
+
+    default_recipe = staticmethod(planar)
+
+
+class AutoRadial(AutoFlow):
+    """:class:`AutoFlow` with a radial flow (Rezende & Mohamed 2015)."""
+
+    default_recipe = staticmethod(radial)
+
+
+class AutoIAF(AutoFlow):
+    """:class:`AutoFlow` with an inverse autoregressive flow (Kingma et al. 2016)."""
+
+    default_recipe = staticmethod(iaf)
+
+
+class AutoSpline(AutoFlow):
+    """:class:`AutoFlow` with a neural spline flow (Durkan et al. 2019)."""
+
+    default_recipe = staticmethod(nsf)
+
+
+def _check_callables(owner: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not callable(value):
+            raise ValueError(f"{owner} expected `{name}` to be a function, got "
+                             f"{type_name(value)}.")
+
+
+def _with_options(owner: str, recipe: Recipe, options: dict[str, Any]) -> Recipe:
+    try:
+        signature = inspect.signature(recipe)
+        signature.bind(1, **options)
+    except ValueError:  # a builtin without a signature
+        return partial(recipe, **options) if options else recipe
+    except TypeError as error:
+        known = [name for name in list(signature.parameters)[1:] if name != "context_dim"]
+        raise ValueError(f"{owner}: {error}. {_name(recipe)} takes {', '.join(known)}.") from None
+    return partial(recipe, **options) if options else recipe
+
+
+def _name(recipe: Recipe) -> str:
+    return getattr(recipe, "__name__", type_name(recipe))
+
+
+@torch.no_grad()
+def _set_affine(affine: Any, loc: Tensor, scale: float) -> None:
+    affine.shift.value.copy_(loc)
+    affine.log_scale.value.fill_(math.log(scale))
+
+
+def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+    """Quantiles over the first dimension, interpolated linearly."""
+    ordered = draws.sort(0).values
+    place = levels * (len(draws) - 1)
+    low = place.floor().long()
+    high = place.ceil().long()
+    return torch.lerp(ordered[low], ordered[high], (place - low).unsqueeze(-1))
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield

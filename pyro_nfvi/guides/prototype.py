@@ -1,0 +1,106 @@
+"""Is the model one this guide can handle, and is it still the one it was built for?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_nfvi.guides.layout import LatentLayout
+
+MAX_SIGNATURES = 32  # more kinds of arguments than this are not re-checked: a step counter, say
+
+
+class NoLatentError(ValueError, RuntimeError):
+    """The model has no latent site. A RuntimeError too, as Pyro's guides raise."""
+
+
+def check_prototype(owner: str, trace: Trace) -> None:
+    """Refuse what a continuous guide over all latents cannot handle.
+
+    Raises:
+        ValueError: If there is no latent, a discrete one, or one in a subsampled plate.
+    """
+    nodes = dict(trace.iter_stochastic_nodes())
+    if not sum(node["value"].numel() for node in nodes.values()):
+        raise NoLatentError(f"{owner} found no latent site in the model: every pyro.sample is "
+                            "observed. Pass data only to the sites you observe.")
+    for name, node in nodes.items():
+        if node["fn"].support.is_discrete:
+            kind = type(_innermost(node["fn"])).__name__
+            raise ValueError(f"{owner} handles continuous sites; {name!r} is {kind}. Hide it: "
+                             f"{owner}(poutine.block(model, hide=[{name!r}])). To sum it out: "
+                             "https://pyro.ai/examples/enumeration.html.")
+        for frame in node["cond_indep_stack"]:
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise ValueError(
+                    f"{owner} holds one value for each latent; {name!r} is local to the subsampled "
+                    f"plate {frame.name!r} ({frame.size} of {frame.full_size}). Use the full "
+                    f"plate, or hide it here and give it a guide of its own in AutoGuideList.")
+
+
+class PrototypeCheck:
+    """Re-traces the model when arguments of a new kind come, and compares its latent sites.
+
+    Args:
+        owner: Name of the guide, for messages.
+        layout: Latent sites the guide was built for.
+        args: Model arguments it was built with.
+        kwargs: Likewise.
+    """
+
+    def __init__(self, owner: str, layout: LatentLayout, args: tuple, kwargs: dict) -> None:
+        self.owner = owner
+        self.layout = layout
+        self.seen = {_signature((args, kwargs))}
+
+    def __call__(self, model: Any, args: tuple, kwargs: dict) -> None:
+        """Check these arguments.
+
+        Raises:
+            ValueError: If a latent site is gone, observed, or of another shape.
+        """
+        signature = _signature((args, kwargs))
+        if signature in self.seen or len(self.seen) >= MAX_SIGNATURES or torch.jit.is_tracing():
+            return
+        with torch.no_grad(), torch.random.fork_rng():
+            trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+        for site in self.layout:
+            self._compare(site.name, site.shape, trace)
+        self.seen.add(signature)
+
+    def _compare(self, name: str, shape: torch.Size, trace: Trace) -> None:
+        way_out = "Build a new guide, and call it first with the arguments you fit with."
+        if name not in trace.nodes:
+            raise ValueError(f"{self.owner} was built with a latent site {name!r} that the model "
+                             f"no longer has. {way_out}")
+        node = trace.nodes[name]
+        if node["is_observed"]:
+            raise ValueError(f"{self.owner} was built when {name!r} was latent; now it is "
+                             f"observed. {way_out}")
+        if node["value"].shape != shape:
+            raise ValueError(f"{self.owner} expected site {name!r} of shape {tuple(shape)}, got "
+                             f"{tuple(node['value'].shape)}. {way_out}")
+
+
+def _innermost(distribution: Any) -> Any:
+    while hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _signature(value: Any) -> Any:
+    """What of the model's arguments may change its sites: shapes, types, small constants."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape))
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((str(key), _signature(item)) for key, item in sorted(
+            value.items(), key=lambda pair: str(pair[0])))
+    if isinstance(value, (bool, int, str, type(None))):
+        return value
+    return (type(value).__name__, getattr(value, "shape", None))
