@@ -1,0 +1,66 @@
+"""The one place that knows ArviZ 0.x from ArviZ 1.x (and 1.x's parts without the umbrella)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+Dims = Mapping[str, list[str]]
+
+
+@cache
+def _api() -> SimpleNamespace:
+    """The functions in use, under one set of names."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ArviZ 0.x announces 1.x at import
+            import arviz
+    except ImportError:
+        return _parts()
+    return _legacy(arviz) if hasattr(arviz, "InferenceData") else _parts()
+
+
+def _legacy(arviz: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        psislw=arviz.psislw, summary=arviz.summary, load_arviz_data=arviz.load_arviz_data,
+        from_dict=lambda groups, **kwargs: arviz.from_dict(**groups, **kwargs))
+
+
+def _parts() -> SimpleNamespace:
+    import arviz_base
+    import arviz_stats
+    from arviz_stats.base import array_stats
+    return SimpleNamespace(
+        psislw=array_stats.psislw, summary=arviz_stats.summary,
+        load_arviz_data=arviz_base.load_arviz_data, from_dict=arviz_base.from_dict)
+
+
+def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pareto-smoothed, normalized log weights and k-hat of importance ratios."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bad fit is reported by k-hat, not by a warning
+        log_weights, pareto_k = _api().psislw(np.asarray(log_ratios, np.float64).copy())
+    return np.asarray(log_weights), float(pareto_k)
+
+
+def inference_data(groups: Mapping[str, Mapping[str, np.ndarray]], dims: Dims,
+                   coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
+    """InferenceData (0.x) or DataTree (1.x) of arrays ``(chain, draw, *shape)`` by group."""
+    data = _api().from_dict(groups, dims=dict(dims), coords=dict(coords))
+    data["posterior"].attrs.update(attrs)
+    return data
+
+
+def summary(data: Any) -> Any:
+    """ArviZ's table of means, standard deviations and intervals."""
+    return _api().summary(data, kind="stats")
+
+
+def load_arviz_data(name: str) -> Any:
+    """A data set that ships with ArviZ."""
+    return _api().load_arviz_data(name)

@@ -1,0 +1,13 @@
+"""Inference: from a guide and a model to a fitted guide and its importance weights.
+
+:class:`LogJoint` is the model as one batched function of the flat latent, :class:`ELBO` the
+objective, :class:`Loop` the optimiser, and :func:`importance_sample` the draws and weights that
+tell how good the fit is.
+"""
+
+from pyro_nfvi.inference.importance import ImportanceSample, importance_sample
+from pyro_nfvi.inference.log_joint import LogJoint
+from pyro_nfvi.inference.loop import History, Loop
+from pyro_nfvi.inference.objectives import ELBO
+
+__all__ = ["ELBO", "History", "ImportanceSample", "LogJoint", "Loop", "importance_sample"]

@@ -1,0 +1,152 @@
+"""A Pyro model as one batched function of the flat unconstrained latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pyro_nfvi._shapes import check_tensor
+from pyro_nfvi.guides.layout import LatentLayout
+
+
+class LogJoint:
+    r"""Log joint density of a model and its data, over a batch of latents at once.
+
+    .. math:: z \mapsto \log p(x, \text{values}(z))
+              + \textstyle\sum_{\text{sites}} \log|d\,\text{value}/dz|
+
+    The model runs once under ``torch.func.vmap`` for all particles, written as it is: it needs
+    no room for a particle dimension. A model that vmap cannot batch (Python control flow on a
+    latent, say) runs particle by particle; ``reason`` says why. A subsampled plate draws one
+    minibatch for all particles.
+
+    Args:
+        model: The Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        layout: Its latent sites.
+        dtype: Default dtype while the model runs. Default: torch's own.
+
+    Shape:
+        z: ``(*particles, layout.size)``; result: ``(*particles,)``.
+
+    Attributes:
+        batched: Whether one run serves all particles.
+        reason: Why not, or an empty string.
+    """
+
+    def __init__(self, model: Callable, args: tuple, kwargs: dict, layout: LatentLayout,
+                 dtype: torch.dtype | None = None) -> None:
+        self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
+        self.dtype = dtype
+        self.batched, self.reason = True, ""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Log joint density of every particle."""
+        z = check_tensor("LogJoint", "z", z, self.layout.size)
+        flat = z.reshape(-1, self.layout.size)
+        return self._map(self._log_density, flat).reshape(z.shape[:-1])
+
+    @torch.no_grad()
+    def try_batched(self, z: Tensor) -> None:
+        """Find out, on a few particles, whether one batched run gives what single runs give."""
+        with self._inside():
+            single = torch.stack([self._log_density(row) for row in z])
+        try:
+            batched = self(z)
+        except RuntimeError as error:
+            self.batched, self.reason = False, str(error).splitlines()[0]
+            return
+        same = torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True)
+        if not same and not self._subsamples(z[0]):
+            self.batched, self.reason = False, "batched and single runs of the model differ"
+
+    def trace(self, z: Tensor) -> Trace:
+        """Trace of the model at one point ``(layout.size,)``."""
+        values, _ = self.layout.constrain(z)
+        conditioned = poutine.condition(self.model, data=values)
+        return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
+
+    def parameters(self, z: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values of the model's own ``pyro.param`` statements, by name."""
+        with self._inside():
+            nodes = self.trace(z).nodes
+        return {name: node["value"].unconstrained() for name, node in nodes.items()
+                if node["type"] == "param"}
+
+    def deterministic(self, z: Tensor) -> dict[str, Tensor]:
+        """Values ``(num_points, *shape)`` of the model's deterministic sites."""
+        def values(row: Tensor) -> dict[str, Tensor]:
+            return {name: node["value"] for name, node in self.trace(row).nodes.items()
+                    if is_deterministic(node)}
+        return self._map(values, z)
+
+    def first_bad_site(self, z: Tensor) -> str:
+        """Name the first site whose value or log-density at ``z`` is not finite."""
+        values, _ = self.layout.constrain(z)
+        with self._inside(), torch.no_grad():
+            trace = self.trace(z)
+            trace.compute_log_prob()
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and not _finite(node["log_prob"]):
+                where = _shown(values[name]) if name in values else "observed"
+                return f"{name!r} ({where})"
+        return "none alone: their sum overflows"
+
+    def _log_density(self, z: Tensor) -> Tensor:
+        _, log_det = self.layout.constrain(z)
+        return self.trace(z).log_prob_sum() + log_det
+
+    def _map(self, function: Callable[[Tensor], Any], rows: Tensor) -> Any:
+        """Apply a function of one point to all of them, at once if the model allows."""
+        with self._inside():
+            if self.batched:
+                return torch.func.vmap(function, randomness="same")(rows)
+            return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
+
+    def _subsamples(self, z: Tensor) -> bool:
+        """Whether the model draws minibatches, and so differs from run to run."""
+        with self._inside():
+            nodes = self.trace(z).nodes.values()
+        return any(frame.full_size is not None and frame.size < frame.full_size
+                   for node in nodes if node["type"] == "sample"
+                   for frame in node["cond_indep_stack"])
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """The model's surroundings: its dtype, and no argument checks, which read values."""
+        with default_dtype(self.dtype), pyro.validation_enabled(False):
+            yield
+
+
+def is_deterministic(node: dict[str, Any]) -> bool:
+    """Whether a node of a trace is a ``pyro.deterministic`` statement."""
+    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Make ``dtype`` torch's default inside, and put the old one back."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(before if dtype is None else dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _finite(value: Any) -> bool:
+    return bool(torch.as_tensor(value).isfinite().all())
+
+
+def _shown(value: Tensor) -> str:
+    bad = value[~value.isfinite()] if not _finite(value) else value
+    return f"value {bad.flatten()[0].item():.4g}"

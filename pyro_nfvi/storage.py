@@ -1,0 +1,173 @@
+"""Fits in files: tensors, numbers and names, never code."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_nfvi import flows, guides
+from pyro_nfvi._shapes import type_name
+from pyro_nfvi.guides import AutoFlow
+from pyro_nfvi.inference import History, LogJoint
+from pyro_nfvi.inference.log_joint import default_dtype
+
+FORMAT = "pyro_nfvi posterior"
+VERSION = 1
+PLAIN = (bool, int, float, str, type(None))
+
+
+def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: History) -> None:
+    """Write a fit to ``path``, by way of a temporary file beside it.
+
+    Raises:
+        ValueError: If an argument of the model is of a kind that a file cannot hold.
+    """
+    origin = torch.zeros(log_joint.layout.size)
+    content = {
+        "format": FORMAT, "version": VERSION,
+        "guide": _guide_config(guide), "state": dict(guide.state_dict()),
+        "args": _encoded(log_joint.args), "kwargs": _encoded(log_joint.kwargs),
+        "dtype": log_joint.dtype, "history": asdict(history),
+        "model_params": {k: v.detach() for k, v in log_joint.parameters(origin).items()}}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
+         ) -> tuple[AutoFlow, LogJoint, History]:
+    """Read what :func:`write` wrote.
+
+    Raises:
+        ValueError: If the file is damaged, foreign or newer, or the guide does not fit it.
+    """
+    content = _checked_content(path)
+    args, kwargs = tuple(_decoded(content["args"])), _decoded(content["kwargs"])
+    guide = _built_guide(content["guide"], model) if guide is None else guide
+    with default_dtype(content["dtype"]):
+        guide.setup(*args, **kwargs)
+    _load_state(guide, content["state"], path)
+    log_joint = LogJoint(model, args, kwargs, guide.layout, content["dtype"])
+    z = guide._flow().rsample_and_log_prob((2,))[0].detach()
+    log_joint.try_batched(z)
+    _load_model_params(log_joint, content["model_params"], z[0])
+    history = content["history"]
+    history["rollbacks"] = [tuple(item) for item in history["rollbacks"]]
+    history["stages"] = [tuple(item) for item in history["stages"]]
+    return guide, log_joint, History(**history)
+
+
+def _checked_content(path: str | PathLike) -> dict[str, Any]:
+    if not Path(path).exists():
+        raise ValueError(f"Posterior.load found no file {str(path)!r}.")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
+                         f"which is damaged or foreign ({type_name(error)}).") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
+                         "which holds something else.")
+    if content["version"] > VERSION:
+        raise ValueError(f"Posterior.load reads files up to version {VERSION}, got version "
+                         f"{content['version']}: update pyro_nfvi.")
+    return content
+
+
+def _load_state(guide: AutoFlow, state: dict[str, Any], path: str | PathLike) -> None:
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    guide.to(dtype=dtypes.pop() if len(dtypes) == 1 else None)
+    try:
+        guide.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"Posterior.load: the guide does not fit {str(path)!r}: {error}") from None
+
+
+@torch.no_grad()
+def _load_model_params(log_joint: LogJoint, saved: dict[str, Any], z: torch.Tensor) -> None:
+    for name, parameter in log_joint.parameters(z).items():
+        parameter.copy_(saved[name])
+
+
+# ---------------------------------------------------------------------- guides by name
+
+def _guide_config(guide: AutoFlow) -> dict[str, Any] | None:
+    """How to build this guide again, or None if it takes code from elsewhere."""
+    parts = {"recipe": guide.recipe, "base": guide._base_recipe, "affine": guide._affine_recipe}
+    config = {name: _function_config(function) for name, function in parts.items()}
+    known = getattr(guides, type(guide).__name__, None) is type(guide)
+    if not known or any(part is None for part in config.values()):
+        return None
+    return {"class": type(guide).__name__, **config}
+
+
+def _function_config(function: Callable) -> dict[str, Any] | None:
+    options: dict[str, Any] = {}
+    while isinstance(function, partial):
+        if function.args:
+            return None
+        options = {**function.keywords, **options}
+        function = function.func
+    name = getattr(function, "__name__", "")
+    plain = all(isinstance(v, PLAIN) or (isinstance(v, (tuple, list)) and all(
+        isinstance(item, PLAIN) for item in v)) for v in options.values())
+    known = getattr(flows, name, None) is function
+    return {"name": name, "options": options} if known and plain else None
+
+
+def _built_guide(config: dict[str, Any] | None, model: Callable) -> AutoFlow:
+    if config is None:
+        raise ValueError("Posterior.load cannot build this fit's guide from its name, because its "
+                         "recipe is your own. Pass it: Posterior.load(path, model, guide=...).")
+    parts = {name: partial(_public(flows, config[name]["name"]), **config[name]["options"])
+             for name in ("recipe", "base", "affine")}
+    built: AutoFlow = _public(guides, config["class"])(model, parts.pop("recipe"), **parts)
+    return built
+
+
+def _public(module: Any, name: str) -> Any:
+    if name not in module.__all__:
+        raise ValueError(f"Posterior.load knows no {name!r}: the file is damaged or foreign.")
+    return getattr(module, name)
+
+
+# ---------------------------------------------------------------------- model arguments
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, PLAIN) or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"numpy": torch.from_numpy(value.copy())}
+    if isinstance(value, (list, tuple)):
+        return {type_name(value): [_encoded(item) for item in value]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encoded(item) for key, item in value.items()}}
+    raise ValueError("Posterior.save expected model arguments of tensors, arrays, numbers, "
+                     f"strings, lists and dicts, got {type_name(value)}. Pass the model its parts.")
+
+
+def _decoded(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, content), = value.items()
+    if kind == "numpy":
+        return content.numpy()
+    if kind == "dict":
+        return {key: _decoded(item) for key, item in content.items()}
+    items = [_decoded(item) for item in content]
+    return tuple(items) if kind == "tuple" else items
