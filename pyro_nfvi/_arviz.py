@@ -22,12 +22,12 @@ def _api() -> SimpleNamespace:
             import arviz
     except ImportError:
         return _parts()
-    return _legacy(arviz) if hasattr(arviz, "InferenceData") else _parts()
+    return _legacy(arviz) if int(arviz.__version__.split(".")[0]) == 0 else _parts()
 
 
 def _legacy(arviz: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        psislw=arviz.psislw, summary=arviz.summary, load_arviz_data=arviz.load_arviz_data,
+        psislw=arviz.psislw, summary=arviz.summary,
         from_dict=lambda groups, **kwargs: arviz.from_dict(**groups, **kwargs))
 
 
@@ -36,8 +36,7 @@ def _parts() -> SimpleNamespace:
     import arviz_stats
     from arviz_stats.base import array_stats
     return SimpleNamespace(
-        psislw=array_stats.psislw, summary=arviz_stats.summary,
-        load_arviz_data=arviz_base.load_arviz_data, from_dict=arviz_base.from_dict)
+        psislw=array_stats.psislw, summary=arviz_stats.summary, from_dict=arviz_base.from_dict)
 
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
@@ -60,7 +59,3 @@ def summary(data: Any) -> Any:
     """ArviZ's table of means, standard deviations and intervals."""
     return _api().summary(data, kind="stats")
 
-
-def load_arviz_data(name: str) -> Any:
-    """A data set that ships with ArviZ."""
-    return _api().load_arviz_data(name)

@@ -18,7 +18,7 @@ HIDDEN_DIMS = (64, 64)
 # Adam moves every weight by about the learning rate, and so an output of 64 weights by dozens of
 # rates at once: a flow then bolts at rates at which a Gaussian guide is calm. Scaled like this,
 # with bounded hidden units, an output moves about as fast as any other parameter.
-OUTPUT_SCALE = 0.03
+OUTPUT_SCALE = 0.01
 
 
 class MLP(nn.Module):
