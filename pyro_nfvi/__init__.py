@@ -5,11 +5,15 @@
 the flows, which need no Pyro.
 """
 
-from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp
-from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
-from pyro_nfvi.inference import ELBO
-from pyro_nfvi.nfvi import NFVI
-from pyro_nfvi.posterior import Posterior
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp
+    from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
+    from pyro_nfvi.inference import ELBO
+    from pyro_nfvi.nfvi import NFVI
+    from pyro_nfvi.posterior import Posterior
 
 __version__ = "0.1.0"
 
@@ -30,3 +34,17 @@ __all__ = [
     "radial",
     "realnvp",
 ]
+
+_HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when first asked for: ``pyro_nfvi.flows`` then needs no Pyro."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = _HOMES.get(name, "guides" if name.startswith("Auto") else "flows")
+    return getattr(import_module(f"{__name__}.{room}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

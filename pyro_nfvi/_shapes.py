@@ -75,6 +75,32 @@ def check_context(owner: str, context: Any, context_dim: int) -> Tensor | None:
     return check_tensor(owner, "context", context, context_dim)
 
 
+def check_dtype(owner: str, argument: str, value: Tensor, reference: Tensor | None) -> None:
+    """Check that ``value`` has the dtype of ``reference``, a parameter; autocast converts itself.
+
+    Raises:
+        ValueError: If the dtypes differ.
+    """
+    if reference is None or value.dtype == reference.dtype or torch.is_autocast_enabled():
+        return
+    raise ValueError(f"{owner} expected `{argument}` of dtype {reference.dtype}, as its "
+                     f"parameters, got {value.dtype}. Convert one: "
+                     f"{argument}.to({reference.dtype}), or {owner.lower()}.to({value.dtype}).")
+
+
+def check_sample_shape(owner: str, sample_shape: Any) -> torch.Size:
+    """Return ``sample_shape`` as a ``torch.Size``.
+
+    Raises:
+        ValueError: If it is no sequence of integers.
+    """
+    try:
+        return torch.Size(sample_shape)
+    except TypeError:
+        raise ValueError(f"{owner} expected `sample_shape` to be a tuple such as (100,), "
+                         f"got {sample_shape!r}.") from None
+
+
 def broadcast_batch(owner: str, argument: str, value: Tensor, context: Tensor | None
                     ) -> tuple[Tensor, Tensor | None]:
     """Broadcast the batch shapes of ``value`` and ``context`` against each other.

@@ -49,6 +49,12 @@ def test_flows_do_not_import_pyro():
     assert not [name for name in names if name.split(".")[0] == "pyro"]
 
 
+def test_flows_work_in_a_process_without_pyro():
+    code = ("import sys; sys.modules['pyro'] = None; from pyro_nfvi.flows import Flow, nsf; "
+            "print(Flow(nsf(2))().sample().shape)")
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_importing_changes_nothing_in_torch_or_pyro():
     code = """
 import random, numpy, torch, pyro, pyro.distributions as dist, warnings
@@ -60,13 +66,14 @@ def state():
             pyro.infer.autoguide.AutoNormal, torch.distributions.Normal.log_prob)
 before = state()
 import pyro_nfvi, pyro_nfvi.testing
+from pyro_nfvi import *
 assert state() == before
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
 def test_importing_does_not_import_arviz_or_matplotlib_pyplot():
-    code = ("import sys, pyro_nfvi; "
+    code = ("import sys; from pyro_nfvi import *; "
             "assert not {'arviz', 'matplotlib.pyplot', 'sklearn', 'zuko'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 

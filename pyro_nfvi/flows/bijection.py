@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from pyro_nfvi._shapes import (
     broadcast_batch,
     check_context,
+    check_dtype,
     check_positive_int,
     check_tensor,
     type_name,
@@ -70,6 +72,8 @@ class Bijection(nn.Module, ABC):
                  ) -> tuple[Tensor, Tensor | None]:
         owner = type(self).__name__
         value = check_tensor(owner, argument, value, self.input_dim)
+        if not torch.compiler.is_compiling():  # dynamo cannot walk the parameters of any module
+            check_dtype(owner, argument, value, next(self.parameters(), None))
         context = check_context(owner, context, self.context_dim)
         return broadcast_batch(owner, argument, value, context)
 

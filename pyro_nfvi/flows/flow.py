@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, TransformedDistribution
 from torch.func import functional_call
 
-from pyro_nfvi._shapes import type_name
+from pyro_nfvi._shapes import check_context, check_sample_shape, type_name
 from pyro_nfvi.flows.base import Base, Gaussian
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.transform import BijectionTransform
@@ -65,7 +65,7 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution for this context."""
-        return FlowDistribution(self, context)
+        return FlowDistribution(self, check_context("Flow", context, self.context_dim))
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density at any point, by the inverse."""
@@ -75,7 +75,7 @@ class Flow(nn.Module):
     def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = (),
                              context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws and their log-densities in one pass, of shape ``(*sample_shape, *batch)``."""
-        u = self.base.rsample(torch.Size(sample_shape) + _batch_shape(context))
+        u = self._noise(sample_shape, context)
         z, log_det = self.bijection(u, context)
         return z, self.base.log_prob(u) - log_det
 
@@ -90,9 +90,14 @@ class Flow(nn.Module):
         References:
             Roeder, Wu & Duvenaud (2017), Sticking the Landing, arXiv:1703.09194, eq. 5-7.
         """
-        u = self.base.rsample(torch.Size(sample_shape) + _batch_shape(context))
+        u = self._noise(sample_shape, context)
         z, _ = self.bijection(u, context)
         return z, self._frozen(_LogProbAt(self), u.detach(), z, _detached(context))
+
+    def _noise(self, sample_shape: torch.Size | tuple[int, ...], context: Tensor | None
+               ) -> Tensor:
+        context = check_context("Flow", context, self.context_dim)
+        return self.base.rsample(check_sample_shape("Flow", sample_shape) + _batch_shape(context))
 
     @staticmethod
     def _frozen(module: nn.Module, *args: Any) -> Tensor:
