@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 Dims = Mapping[str, list[str]]
+MIN_DRAWS = 25  # fewer have no five draws in their tail, which is a fifth of them
 
 
 @cache
@@ -35,12 +36,28 @@ def _parts() -> SimpleNamespace:
     import arviz_base
     import arviz_stats
     from arviz_stats.base import array_stats
-    return SimpleNamespace(
-        psislw=array_stats.psislw, summary=arviz_stats.summary, from_dict=arviz_base.from_dict)
+
+    def psislw(log_ratios: np.ndarray) -> Any:
+        """ArviZ 1.x's, which takes minus the log ratios, and gives NaN where some are equal."""
+        relative = log_ratios - log_ratios.max()
+        rank = np.argsort(np.argsort(relative))
+        return array_stats.psislw(-(relative + 1e-12 * rank))
+    return SimpleNamespace(psislw=psislw, summary=arviz_stats.summary,
+                           from_dict=arviz_base.from_dict)
 
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalized log weights and k-hat of importance ratios."""
+    """Pareto-smoothed, normalized log weights and k-hat of importance ratios.
+
+    Too few to have a tail stay as they are, with k-hat infinity; so do those whose tail is flat,
+    with k-hat minus infinity.
+    """
+    unsmoothed = log_ratios - np.logaddexp.reduce(log_ratios)
+    if len(log_ratios) < MIN_DRAWS:
+        return unsmoothed, float("inf")
+    tail = np.sort(log_ratios)[-int(min(len(log_ratios) / 5, 3 * len(log_ratios) ** 0.5)):]
+    if tail[0] == tail[-1]:
+        return unsmoothed, float("-inf")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a bad fit is reported by k-hat, not by a warning
         log_weights, pareto_k = _api().psislw(np.asarray(log_ratios, np.float64).copy())

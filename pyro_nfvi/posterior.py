@@ -31,7 +31,7 @@ class Posterior:
         history: What happened during the fit.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> from pyro_nfvi import NFVI
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 10.0))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pyro_nfvi.inference.log_joint import default_dtype
 
 FORMAT = "pyro_nfvi posterior"
 VERSION = 1
+PARTS = {"version", "guide", "state", "args", "kwargs", "dtype", "history", "model_params"}
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -31,7 +32,7 @@ def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: H
     Raises:
         ValueError: If an argument of the model is of a kind that a file cannot hold.
     """
-    origin = torch.zeros(log_joint.layout.size)
+    origin = guide._flow().base.zeros
     content = {
         "format": FORMAT, "version": VERSION,
         "guide": _guide_config(guide), "state": dict(guide.state_dict()),
@@ -39,13 +40,13 @@ def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: H
         "dtype": log_joint.dtype, "history": asdict(history),
         "model_params": {k: v.detach() for k, v in log_joint.parameters(origin).items()}}
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             torch.save(content, file)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -56,6 +57,9 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
     Raises:
         ValueError: If the file is damaged, foreign or newer, or the guide does not fit it.
     """
+    if guide is not None and not isinstance(guide, AutoFlow):
+        raise ValueError(f"Posterior.load expected `guide` to be an AutoFlow such as AutoIAF(model)"
+                         f", got {guide!r}.")
     content = _checked_content(path)
     args, kwargs = tuple(_decoded(content["args"])), _decoded(content["kwargs"])
     guide = _built_guide(content["guide"], model) if guide is None else guide
@@ -83,9 +87,12 @@ def _checked_content(path: str | PathLike) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
                          "which holds something else.")
-    if content["version"] > VERSION:
+    if content.get("version", VERSION) > VERSION:
         raise ValueError(f"Posterior.load reads files up to version {VERSION}, got version "
                          f"{content['version']}: update pyro_nfvi.")
+    if missing := PARTS - content.keys():
+        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
+                         f"which is damaged or foreign (no {min(missing)}).")
     return content
 
 
@@ -149,11 +156,13 @@ def _public(module: Any, name: str) -> Any:
 # ---------------------------------------------------------------------- model arguments
 
 def _encoded(value: Any) -> Any:
-    if isinstance(value, PLAIN) or isinstance(value, torch.Tensor):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if type(value) in PLAIN or isinstance(value, (torch.Tensor, torch.Size)):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return {"numpy": torch.from_numpy(value.copy())}
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return {type_name(value): [_encoded(item) for item in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _encoded(item) for key, item in value.items()}}

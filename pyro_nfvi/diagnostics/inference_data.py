@@ -53,7 +53,7 @@ def to_inference_data(log_joint: LogJoint, sample: ImportanceSample, chosen: Ten
 
 def _shown_nodes(log_joint: LogJoint, z: Tensor) -> dict[str, dict[str, Any]]:
     """Latent, deterministic and observed sites of the model, in its order."""
-    with log_joint._inside():
+    with log_joint.surroundings():
         nodes = log_joint.trace(z).nodes
     latent = {site.name for site in log_joint.layout}
     return {name: node for name, node in nodes.items() if node["type"] == "sample"

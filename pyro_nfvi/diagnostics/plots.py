@@ -28,7 +28,7 @@ def plot_elbo(history: History, ax: Any = None) -> Any:
     ax.plot(*_running_median(elbo, width), lw=1.8, label=f"median of {width} steps")
     for end in np.cumsum([steps for _, steps in history.stages])[:-1]:
         ax.axvline(end, color="0.6", ls=":", lw=1)
-    ax.set(xlabel="step", ylabel="ELBO (nats)", ylim=_limits(elbo))
+    ax.set(xlabel="step", ylabel="ELBO (nats)", ylim=_limits(elbo) if len(elbo) else None)
     ax.legend(frameon=False, loc="lower right")
     return ax
 

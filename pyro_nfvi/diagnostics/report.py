@@ -11,6 +11,7 @@ from pyro_nfvi.inference import History, ImportanceSample
 
 GOOD_K = 0.5  # below: the draws could do without weights
 MIN_ESS = 400.0  # ArviZ's own bar for an effective sample size
+EQUAL_ESS = 0.99  # weights this equal change nothing, whatever the shape of their tail
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ def summarize(data: Any, sample: ImportanceSample, history: History) -> Summary:
 def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
     r"""Whether to trust the draws, and one line that says so.
 
-    The bar for k-hat is :math:`\min(1 - 1 / \log_{10} S,\ 0.7)` for :math:`S` draws.
+    The bar for k-hat is :math:`\min(1 - 1 / \log_{10} S,\ 0.7)` for :math:`S` draws. k-hat has
+    no scale: where the fit is all but exact it is the shape of rounding, and the weights being
+    equal decides.
 
     References:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling, arXiv:1507.02646, section 3.
@@ -69,6 +72,8 @@ def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
     bar = min(1 - 1 / math.log10(max(sample.num_samples, 11)), 0.7)
     note = _note(history)
     k, ess = sample.pareto_k, sample.ess
+    if math.isfinite(k) and ess > EQUAL_ESS * sample.num_samples:
+        return True, f"Verdict: good (the weights are all but equal).{_after(note)}"
     if not k < bar:
         return False, (f"Verdict: do not trust these draws (k-hat {k:.2f}, should be below "
                        f"{bar:.2f}): the guide misses part of the posterior. {note or _advice()}")

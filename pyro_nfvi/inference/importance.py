@@ -69,8 +69,9 @@ class ImportanceSample:
         Systematic: the number of copies of a draw is off by less than one.
         """
         cumulative = self.log_weights.exp().cumsum(0)
-        places = (torch.arange(num_samples) + torch.rand(())) / num_samples * cumulative[-1]
-        chosen = torch.searchsorted(cumulative, places.to(cumulative))
+        start = torch.rand((), dtype=cumulative.dtype)
+        places = (torch.arange(num_samples) + start) / num_samples * cumulative[-1]
+        chosen = torch.searchsorted(cumulative, places)
         return chosen.clamp(max=self.num_samples - 1)[torch.randperm(num_samples)]
 
 
@@ -92,11 +93,11 @@ def importance_sample(flow: Flow, log_joint: Callable[[Tensor], Tensor], num_sam
 
 def _smooth(ratios: np.ndarray) -> tuple[np.ndarray, float]:
     usable = np.isfinite(ratios)
-    if usable.sum() < 5:
+    if not usable.any():
         return np.full(len(ratios), -np.log(len(ratios))), float("inf")
     log_weights = np.full(len(ratios), -np.inf)
-    spread = np.ptp(ratios[usable])
-    if spread < 1e-10:  # an exact fit: nothing to smooth, and no tail to fit
+    enough = usable.sum() >= _arviz.MIN_DRAWS
+    if enough and np.ptp(ratios[usable]) < 1e-10:  # an exact fit: nothing to smooth, no tail
         log_weights[usable] = -np.log(usable.sum())
         return log_weights, float("-inf")
     log_weights[usable], pareto_k = _arviz.psis(ratios[usable])

@@ -58,7 +58,7 @@ class LogJoint:
     @torch.no_grad()
     def try_batched(self, z: Tensor) -> None:
         """Find out, on a few particles, whether one batched run gives what single runs give."""
-        with self._inside():
+        with self.surroundings():
             single = torch.stack([self._log_density(row) for row in z])
         try:
             batched = self(z)
@@ -77,7 +77,7 @@ class LogJoint:
 
     def parameters(self, z: Tensor) -> dict[str, Tensor]:
         """Unconstrained values of the model's own ``pyro.param`` statements, by name."""
-        with self._inside():
+        with self.surroundings():
             nodes = self.trace(z).nodes
         return {name: node["value"].unconstrained() for name, node in nodes.items()
                 if node["type"] == "param"}
@@ -92,7 +92,7 @@ class LogJoint:
     def first_bad_site(self, z: Tensor) -> str:
         """Name the first site whose value or log-density at ``z`` is not finite."""
         values, _ = self.layout.constrain(z)
-        with self._inside(), torch.no_grad():
+        with self.surroundings(), torch.no_grad():
             trace = self.trace(z)
             trace.compute_log_prob()
         for name, node in trace.nodes.items():
@@ -107,21 +107,21 @@ class LogJoint:
 
     def _map(self, function: Callable[[Tensor], Any], rows: Tensor) -> Any:
         """Apply a function of one point to all of them, at once if the model allows."""
-        with self._inside():
+        with self.surroundings():
             if self.batched:
                 return torch.func.vmap(function, randomness="same")(rows)
             return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
 
     def _subsamples(self, z: Tensor) -> bool:
         """Whether the model draws minibatches, and so differs from run to run."""
-        with self._inside():
+        with self.surroundings():
             nodes = self.trace(z).nodes.values()
         return any(frame.full_size is not None and frame.size < frame.full_size
                    for node in nodes if node["type"] == "sample"
                    for frame in node["cond_indep_stack"])
 
     @contextmanager
-    def _inside(self) -> Iterator[None]:
+    def surroundings(self) -> Iterator[None]:
         """The model's surroundings: its dtype, and no argument checks, which read values."""
         with default_dtype(self.dtype), pyro.validation_enabled(False):
             yield

@@ -92,12 +92,16 @@ class Loop:
         step = len(self.history.elbo)
         for group in self.optimizer.param_groups:
             group["lr"] = self.cut * self.lr * one_cycle(step, self.num_steps)
-        elbo, latents = self.estimates()
+        try:
+            elbo, latents = self.estimates()
+        except torch.linalg.LinAlgError as error:  # a model's Cholesky factor, say
+            self._roll_back(step, f"one that raised: {error}")
+            return
         self.optimizer.zero_grad()
         (-elbo.mean()).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_norm())
         if not (math.isfinite(value := elbo.detach().mean().item()) and norm.isfinite()):
-            self._roll_back(step, elbo.detach(), latents.detach())
+            self._roll_back(step, self._site(elbo.detach(), latents.detach()))
             return
         self.optimizer.step()
         self.norms.append(min(norm.item(), self._max_norm()))
@@ -112,10 +116,12 @@ class Loop:
         self.saved = ([p.detach().clone() for p in self.parameters],
                       copy.deepcopy(self.optimizer.state_dict()))
 
-    def _roll_back(self, step: int, elbo: Tensor, latents: Tensor) -> None:
-        """Back to the last snapshot, at half the rate."""
+    def _site(self, elbo: Tensor, latents: Tensor) -> str:
         bad = ~elbo.isfinite()
-        site = self.blame(latents[bad][0]) if bad.any() else "the gradient"
+        return self.blame(latents[bad][0]) if bad.any() else "the gradient"
+
+    def _roll_back(self, step: int, site: str) -> None:
+        """Back to the last snapshot, at half the rate."""
         self.history.rollbacks.append((step, site))
         parameters, state = self.saved
         with torch.no_grad():

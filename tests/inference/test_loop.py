@@ -1,0 +1,260 @@
+"""Loop: one-cycle rate, clipped gradients, rollback, Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from pyro_nfvi import ELBO
+from pyro_nfvi.flows import Flow, Gaussian, Triangular
+from pyro_nfvi.inference import History, Loop
+from pyro_nfvi.inference.loop import (
+    CLIP_FACTOR,
+    MAX_ROLLBACKS,
+    SNAPSHOT_EVERY,
+    WARM_UP,
+    one_cycle,
+)
+
+DOUBLE = torch.float64
+
+
+class Problem:
+    """Minus a parabola, which misbehaves at the calls it is told to."""
+
+    def __init__(self, bad_at=(), value=math.nan, stop_at=None):
+        self.x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=DOUBLE))
+        self.bad_at, self.value, self.stop_at = bad_at, value, stop_at
+        self.calls, self.scale, self.seen = 0, 1.0, []
+
+    def __call__(self):
+        call, self.calls = self.calls, self.calls + 1
+        self.seen.append(self.x.detach().clone())
+        if call == self.stop_at:
+            raise KeyboardInterrupt
+        elbo = -self.scale * (self.x ** 2).sum() * torch.ones(4, dtype=DOUBLE)
+        if call in self.bad_at:
+            elbo = torch.where(torch.arange(4) == 2, self.value, elbo)
+        return elbo, torch.arange(4.0).unsqueeze(-1) + self.x.sum()
+
+    def loop(self, num_steps=40, lr=0.1, **kwargs):
+        self.blamed = []
+
+        def blame(z):
+            self.blamed.append(z)
+            return "'scale' (value inf)"
+        return Loop([self.x], self, blame, num_steps, lr, progress=False, **kwargs)
+
+
+# ------------------------------------------------------------------ the rate
+
+@pytest.mark.parametrize("num_steps", [1, 2, 10, 100, 1000])
+def test_the_rate_rises_to_one_and_falls_towards_zero(num_steps):
+    rates = [one_cycle(step, num_steps) for step in range(num_steps)]
+    rise = max(1, round(WARM_UP * num_steps))
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[rise - 1] == 1
+    assert rates[:rise] == sorted(rates[:rise])
+    assert rates[rise:] == sorted(rates[rise:], reverse=True)
+    assert one_cycle(num_steps, num_steps) == pytest.approx(0, abs=1e-12) or num_steps == 1
+
+
+def test_the_rate_starts_low_and_ends_low():
+    assert one_cycle(0, 1000) == 0.01
+    assert one_cycle(999, 1000) < 1e-5
+
+
+def test_the_optimiser_uses_the_rate():
+    loop = Problem().loop(num_steps=20, lr=0.5)
+    used = []
+    step = loop.optimizer.step
+    loop.optimizer.step = lambda: (used.append(loop.optimizer.param_groups[0]["lr"]), step())
+    loop.run()
+    assert used == [0.5 * one_cycle(k, 20) for k in range(20)]
+
+
+# ------------------------------------------------------------------ an ordinary run
+
+def test_a_run_maximises_and_records_every_step():
+    problem = Problem()
+    history = problem.loop(num_steps=300, name="stage").run()
+    assert problem.x.detach().abs().max() < 1e-2
+    assert len(history.elbo) == 300
+    assert history.elbo[0] == -5
+    assert history.elbo[-1] > -1e-3
+    assert history.stages == [("stage", 300)]
+    assert (history.rollbacks, history.interrupted, history.stopped) == ([], False, "")
+
+
+def test_a_gaussian_posterior_is_recovered_in_mean_and_covariance():
+    x = torch.linspace(-1, 1, 20, dtype=DOUBLE)
+    design = torch.stack([torch.ones_like(x), x, x ** 2], -1)
+    y = 1 + 2 * x + 0.1 * torch.sin(37 * x)
+    precision = torch.eye(3, dtype=DOUBLE) + design.T @ design / 0.25
+    posterior = MultivariateNormal(torch.linalg.solve(precision, design.T @ y / 0.25),
+                                   precision_matrix=precision)
+
+    def log_joint(w):
+        return -((y - w @ design.T) ** 2).sum(-1) / 0.5 - (w ** 2).sum(-1) / 2
+    flow = Flow(Triangular(3).double(), Gaussian(3).double())
+    Loop(list(flow.parameters()), lambda: ELBO()(flow, log_joint, 64), str, 2000, 0.05,
+         progress=False).run()
+    mean, factor = flow.bijection.shift(None), flow.bijection._factor(None)[0]
+    # The path gradient vanishes at the fit: closer than the standard errors of 10,000 draws.
+    variance, covariance = posterior.variance, posterior.covariance_matrix
+    error = (variance / 10_000) ** 0.5
+    assert ((mean - posterior.mean).abs() < error).all()
+    error = ((covariance ** 2 + torch.outer(variance, variance)) / 10_000) ** 0.5
+    assert ((factor @ factor.T - covariance).abs() < error).all()
+
+
+# ------------------------------------------------------------------ clipping
+
+def test_one_long_gradient_is_cut_to_a_few_median_lengths():
+    problem = Problem()
+    loop = problem.loop(num_steps=100, lr=1e-6)
+    used = []
+    step = loop.optimizer.step
+
+    def spy():
+        used.append(problem.x.grad.norm().item())
+        problem.scale = 1e6 if len(used) == 10 else 1.0
+        step()
+    loop.optimizer.step = spy
+    loop.run()
+    ordinary = 2 * math.sqrt(5)
+    assert used[10] == pytest.approx(CLIP_FACTOR * ordinary, rel=1e-3)
+    assert used[9] == pytest.approx(ordinary, rel=1e-3)
+    assert used[11] == pytest.approx(ordinary, rel=1e-3)
+
+
+def test_the_first_gradient_is_never_cut():
+    problem = Problem()
+    problem.scale = 1e8
+    loop = problem.loop(num_steps=1)
+    loop.run()
+    assert problem.x.grad.norm() == pytest.approx(2e8 * math.sqrt(5))
+
+
+def test_gradients_may_grow_step_by_step():
+    problem = Problem()
+    loop = problem.loop(num_steps=400, lr=1e-9)
+    step = loop.optimizer.step
+
+    def spy():
+        problem.scale *= 1.1
+        step()
+    loop.optimizer.step = spy
+    loop.run()
+    assert problem.x.grad.norm() > 1e6
+
+
+# ------------------------------------------------------------------ rollback
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_log_joint_that_is_not_finite_rolls_back_and_names_the_site(value):
+    problem = Problem(bad_at=[30], value=value)
+    history = problem.loop(num_steps=60).run()
+    assert history.rollbacks == [(30, "'scale' (value inf)")]
+    assert len(history.elbo) == 60
+    assert history.stopped == ""
+    assert torch.isfinite(torch.tensor(history.elbo)).all()
+    snapshot = problem.seen[SNAPSHOT_EVERY + 1]  # taken after the step of that number
+    assert torch.equal(problem.seen[31], snapshot)
+
+
+def test_the_bad_particle_is_the_one_to_blame():
+    problem = Problem(bad_at=[3])
+    problem.loop(num_steps=10).run()
+    (z,) = problem.blamed
+    assert z.item() == pytest.approx(2 + problem.seen[3].sum().item())
+    assert not z.requires_grad
+
+
+def test_each_rollback_halves_the_step():
+    problem = Problem(bad_at=[5, 9])
+    loop = problem.loop(num_steps=20, lr=0.4)
+    used = []
+    step = loop.optimizer.step
+    loop.optimizer.step = lambda: (used.append(loop.optimizer.param_groups[0]["lr"]), step())
+    loop.run()
+    cuts = [rate / (0.4 * one_cycle(k, 20)) for k, rate in enumerate(used)]
+    assert cuts == pytest.approx([1.0] * 5 + [0.5] * 3 + [0.25] * 12)
+
+
+def test_rollback_restores_the_state_of_the_optimiser():
+    problem = Problem(bad_at=[10])
+    loop = problem.loop(num_steps=30)
+    moments = []
+    roll_back = loop._roll_back
+
+    def spy(*args):
+        roll_back(*args)
+        state = loop.optimizer.state[problem.x]
+        moments.append((state["step"].item(), state["exp_avg"].clone()))
+    loop._roll_back = spy
+    loop.run()
+    (step, exp_avg), = moments
+    assert step == 1
+    torch.testing.assert_close(exp_avg, 0.1 * 2 * problem.seen[0])  # one step from zero
+
+
+def test_too_many_rollbacks_stop_with_the_last_good_state():
+    problem = Problem(bad_at=range(40, 1000))
+    history = problem.loop(num_steps=100).run()
+    assert len(history.rollbacks) == MAX_ROLLBACKS
+    assert len(history.elbo) == 40
+    assert torch.equal(problem.x.detach(), problem.seen[SNAPSHOT_EVERY + 1])
+    for words in ("not finite at step 40", "'scale' (value inf)", "last good state"):
+        assert words in history.stopped
+    assert history.stages == [("NFVI", 40)]
+
+
+def test_a_gradient_that_is_not_finite_rolls_back_too():
+    x = torch.nn.Parameter(torch.zeros(2))
+    calls = []
+
+    def estimates():
+        calls.append(x.detach().clone())
+        inner = (x - x.detach()).abs() if len(calls) == 4 else x
+        return -(inner.sqrt() if len(calls) == 4 else inner ** 2).sum() * torch.ones(3), x.expand(
+            3, 2)
+    history = Loop([x], estimates, str, 6, 0.1, progress=False).run()
+    assert history.rollbacks == [(3, "the gradient")]
+    assert x.isfinite().all()
+
+
+# ------------------------------------------------------------------ Ctrl-C
+
+@pytest.mark.parametrize("step", [0, 1, 17, 39])
+def test_ctrl_c_returns_the_history_so_far_and_finite_parameters(step):
+    problem = Problem(stop_at=step)
+    history = problem.loop().run()
+    assert history.interrupted
+    assert len(history.elbo) == step
+    assert history.stages == [("NFVI", step)]
+    assert torch.equal(problem.x.detach(), problem.seen[-1])
+    assert problem.x.isfinite().all()
+
+
+# ------------------------------------------------------------------ history, bar
+
+def test_histories_of_two_stages_add_up():
+    first = History([1.0, 2.0], [(1, "a")], stages=[("one", 2)])
+    second = History([3.0], [(0, "b")], True, "why", [("two", 1)])
+    assert first + second == History([1.0, 2.0, 3.0], [(1, "a"), (2, "b")], True, "why",
+                                     [("one", 2), ("two", 1)])
+    assert first.elbo == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_shows_only_if_asked_to(progress, capsys):
+    problem = Problem()
+    Loop([problem.x], problem, str, 40, 0.1, progress=progress, name="NFVI flow").run()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("NFVI flow" in err and "40/40" in err and "ELBO" in err) == progress
+    assert bool(err) == progress

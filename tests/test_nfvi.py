@@ -1,0 +1,431 @@
+"""NFVI: one call from model and data to a posterior, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch.distributions import MultivariateNormal, constraints
+
+from pyro_nfvi import (
+    ELBO,
+    NFVI,
+    AutoFlow,
+    AutoIAF,
+    AutoPlanar,
+    AutoRadial,
+    AutoSpline,
+    Posterior,
+    planar,
+)
+from pyro_nfvi.flows import Triangular
+
+Y = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
+
+
+def conjugate(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def regression(x, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def with_control_flow(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    scale = 1.0 if mu > -100 else 2.0
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+
+class Interrupting:
+    """The conjugate model, interrupted at a call."""
+
+    def __init__(self, at, error=KeyboardInterrupt):
+        self.calls, self.at, self.error = 0, at, error
+
+    def __call__(self, y):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        conjugate(y)
+
+
+def small(model, guide=None, num_layers=1, **kwargs):
+    """A quick NFVI: few particles, few steps, a planar flow."""
+    guide = AutoPlanar(model, num_layers=num_layers, affine=Triangular) if guide is None else guide
+    return NFVI(model, guide, **{"num_particles": 16, "num_steps": 20, "progress": False, **kwargs})
+
+
+def posterior_of_conjugate(y):
+    variance = 1 / (1 + len(y))
+    return variance * y.sum(), variance ** 0.5
+
+
+# ------------------------------------------------------------------ truth
+
+def test_a_gaussian_posterior_is_recovered_by_the_default_guide():
+    x = torch.stack([torch.ones(15), torch.linspace(-1, 1, 15), torch.linspace(-1, 1, 15) ** 2], -1)
+    y = x @ torch.tensor([1.0, 2.0, -1.0]) + 0.5 * torch.randn(15)
+    precision = torch.eye(3) + x.T @ x / 0.25
+    truth = MultivariateNormal(torch.linalg.solve(precision, x.T @ y / 0.25),
+                               precision_matrix=precision)
+    posterior = NFVI(regression, num_particles=64, num_steps=400, seed=0, progress=False).run(x, y)
+    assert posterior.ess > 9900  # of 10,000
+    draws = posterior.resample(10_000)["w"]
+    variance, covariance = truth.variance, truth.covariance_matrix
+    num_effective = posterior.ess / (1 + posterior.ess / 10_000)  # two stages of sampling
+    error = (variance / num_effective) ** 0.5
+    assert ((draws.mean(0) - truth.mean).abs() < 4 * error).all()
+    error = ((covariance ** 2 + torch.outer(variance, variance)) / num_effective) ** 0.5
+    assert ((draws.T.cov() - covariance).abs() < 4 * error).all()
+    evidence = MultivariateNormal(torch.zeros(15), 0.25 * torch.eye(15) + x @ x.T).log_prob(y)
+    value, standard = posterior.elbo
+    assert value < evidence + 4 * standard
+    assert value > evidence - 0.1
+
+
+def test_a_parameter_of_the_model_is_learned_jointly():
+    # y ~ N(mu, s), mu ~ N(0, 1): the marginal likelihood of s has its maximum where
+    # y'y = s^2 + 1, for one observation.
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(0.5), constraint=constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, scale), obs=y)
+    posterior = small(model, num_steps=600, num_particles=256, lr=0.05, seed=0).run(
+        torch.tensor(3.0))
+    scale = pyro.param("scale").item()
+    assert scale == pytest.approx(8 ** 0.5, rel=0.01)
+    draws = posterior.sample(10_000)["mu"]
+    assert abs(draws.mean() - 3 / 9) < 4 * draws.std() / 100
+    assert draws.var().item() == pytest.approx(8 / 9, rel=4 * (2 / 10_000) ** 0.5)
+
+
+def test_a_module_with_priors_is_fitted():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.mu = PyroSample(dist.Normal(0.0, 1.0))
+
+        def forward(self, y):
+            mu = self.mu
+            with pyro.plate("data", len(y)):
+                pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    posterior = small(Model(), num_steps=200, lr=0.05, seed=0).run(Y)
+    mean, deviation = posterior_of_conjugate(Y)
+    draws = posterior.resample(5000)["mu"]
+    assert abs(draws.mean() - mean) < 6 * deviation / posterior.ess ** 0.5
+
+
+# ------------------------------------------------------------------ guides
+
+@pytest.mark.parametrize("make", [AutoIAF, AutoPlanar, AutoRadial, AutoSpline, AutoFlow],
+                         ids=lambda make: make.__name__)
+def test_every_named_guide_is_fitted(make):
+    def model(y):
+        conjugate(y)
+        pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    guide = make(model, num_layers=2)
+    posterior = small(model, guide, num_steps=150, lr=0.02, seed=0).run(Y)
+    assert posterior.guide is guide
+    assert posterior.ess > 9000  # of 10,000
+    early, late = (torch.tensor(posterior.history.elbo[part]).mean()
+                   for part in (slice(20), slice(-20, None)))
+    assert late > early
+    mean, deviation = posterior_of_conjugate(Y)
+    assert abs(posterior.sample(2000)["mu"].mean() - mean) < 0.5 * deviation
+
+
+def test_a_fresh_guide_has_two_stages():
+    history = small(conjugate, num_steps=20).run(Y).history
+    assert history.stages == [("NFVI affine", 6), ("NFVI flow", 14)]
+    assert len(history.elbo) == 20
+
+
+def test_a_trained_guide_goes_on_from_where_it_is():
+    guide = AutoPlanar(conjugate, num_layers=2)
+    first = small(conjugate, guide, num_steps=300, lr=0.05, seed=0).run(Y)
+    level, error = first.elbo
+    state = {name: value.clone() for name, value in guide.state_dict().items()}
+    second = small(conjugate, guide, num_steps=20, lr=1e-4, seed=1).run(Y)
+    assert second.guide is guide
+    assert second.history.stages == [("NFVI flow", 20)]
+    assert second.history.elbo[0] > level - 0.5
+    for name, value in guide.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0.01)
+
+
+def test_the_smallest_run_works():
+    posterior = small(conjugate, num_particles=1, num_steps=1).run(Y)
+    assert len(posterior.history.elbo) == 1
+
+
+def test_an_objective_of_your_own_is_maximised():
+    calls = []
+
+    def objective(flow, log_joint, num_particles):
+        calls.append(num_particles)
+        return ELBO()(flow, log_joint, num_particles)
+    small(conjugate, objective=objective, num_steps=10, num_particles=8).run(Y)
+    assert calls == [8] * 7  # the affine stage has its own
+
+
+def test_keyword_arguments_reach_the_model():
+    def model(*, y):
+        conjugate(y)
+    assert small(model).run(y=Y).sample(2)["mu"].shape == (2,)
+
+
+# ------------------------------------------------------------------ seed and dtype
+
+def run_twice(**kwargs):
+    return [small(conjugate, **kwargs).run(Y) for _ in range(2)]
+
+
+def test_a_seed_reproduces_the_run_exactly():
+    one, other = run_twice(seed=3)
+    assert one.history == other.history
+    assert torch.equal(one.draws.z, other.draws.z)
+    assert torch.equal(one.log_weights, other.log_weights)
+    assert one.pareto_k == other.pareto_k
+    for name, value in one.guide.state_dict().items():
+        assert torch.equal(value, other.guide.state_dict()[name])
+
+
+def test_two_seeds_give_two_runs():
+    assert small(conjugate, seed=1).run(Y).history != small(conjugate, seed=2).run(Y).history
+
+
+def test_without_a_seed_the_global_random_state_is_used():
+    one, other = run_twice()
+    assert one.history != other.history
+    torch.manual_seed(7)
+    one = small(conjugate).run(Y)
+    torch.manual_seed(7)
+    assert small(conjugate).run(Y).history == one.history
+
+
+def refuse(y):
+    raise KeyError("broken")
+
+
+@pytest.mark.parametrize(("model", "error"), [
+    (conjugate, None),
+    (refuse, KeyError),
+    (Interrupting(20, KeyError), KeyError),
+    (Interrupting(3), KeyboardInterrupt),
+    (Interrupting(20), UserWarning),
+], ids=["success", "error-at-start", "error-in-fit", "ctrl-c-at-start", "ctrl-c-in-fit"])
+def test_a_seeded_run_leaves_random_state_and_dtype_as_they_were(model, error):
+    before = torch.get_rng_state()
+    run = small(model, seed=0, dtype=torch.float64).run
+    if error is None:
+        run(Y)
+    else:
+        with pytest.raises(error):  # a warning is an error here
+            run(Y)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_double_precision_converts_the_arguments_and_the_fit():
+    seen = {}
+
+    def model(y, options, count):
+        seen.update(y=y.dtype, inner=options["x"][0].dtype, count=count.dtype,
+                    default=torch.zeros(()).dtype)
+        conjugate(y)
+    posterior = small(model, dtype=torch.float64).run(
+        Y, {"x": [torch.ones(2)]}, torch.tensor([1, 2]))
+    assert seen == {"y": torch.float64, "inner": torch.float64, "count": torch.int64,
+                    "default": torch.float64}
+    assert posterior.sample(3)["mu"].dtype == torch.float64
+    assert {p.dtype for p in posterior.guide.parameters()} == {torch.float64}
+    assert Y.dtype == torch.float32
+
+
+def test_double_precision_fits_a_regression():
+    x = torch.randn(6, 3)
+    posterior = small(regression, dtype=torch.float64).run(x, x.sum(-1))
+    assert posterior.sample(4)["w"].dtype == torch.float64
+    assert posterior.summary().table.shape[0] == 3
+
+
+def test_arguments_that_are_no_tensors_pass_through():
+    def model(y, label, count, nothing):
+        assert (label, count, nothing) == ("a", 3, None)
+        conjugate(y)
+    small(model, dtype=torch.float64, device="cpu").run(Y, "a", 3, None)
+
+
+# ------------------------------------------------------------------ bar, Ctrl-C, fallback
+
+def test_the_bar_goes_to_stderr_under_the_stages_names(capsys):
+    small(conjugate, progress=True).run(Y)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "NFVI affine" in err
+    assert "NFVI flow" in err
+
+
+def test_without_progress_nothing_is_printed(capsys):
+    small(conjugate, progress=False).run(Y)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("at", [12, 25], ids=["affine-stage", "flow-stage"])
+def test_ctrl_c_returns_the_posterior_so_far_with_a_warning(at):
+    model = Interrupting(at)
+    with pytest.warns(UserWarning, match=r"NFVI was interrupted after \d+ steps"):
+        posterior = small(model, num_steps=40).run(Y)
+    assert posterior.history.interrupted
+    assert 0 < len(posterior.history.elbo) < 40
+    assert all(p.isfinite().all() for p in posterior.guide.parameters())
+    assert posterior.sample(5)["mu"].isfinite().all()
+    assert "interrupted" in posterior.summary().verdict
+    assert len(posterior.history.stages) == (1 if at == 12 else 2)
+
+
+def test_a_model_that_cannot_be_batched_still_fits_and_warns_why():
+    with pytest.warns(UserWarning, match="once for each of 8 particles.*slow: .*control flow"):
+        posterior = small(with_control_flow, num_particles=8, num_steps=5).run(Y)
+    assert not posterior.log_joint.batched
+    assert all(map(math.isfinite, posterior.history.elbo))
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(UserWarning, match="interrupted") as record:
+        small(Interrupting(12)).run(Y)
+    assert record[0].filename == __file__
+
+
+def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state():
+    class Model:
+        calls = 0
+
+        def __call__(self, y):
+            self.calls += 1
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            if 30 < self.calls <= 60:
+                mu = mu * math.nan
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[0])
+    with pytest.warns(UserWarning, match="NFVI: the log joint is not finite at step .*'y'"):
+        posterior = small(Model(), num_steps=60).run(Y)
+    assert posterior.history.stopped
+    assert posterior.sample(5)["mu"].isfinite().all()
+
+
+# ------------------------------------------------------------------ mistakes
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"model": 3}, "NFVI expected `model` to be a Pyro model, a function, got int"),
+    ({"model": None}, "NFVI expected `model`.* got NoneType"),
+    ({"guide": AutoNormal(conjugate)}, "NFVI expected `guide` to be an AutoFlow such as "
+                                       r"AutoIAF\(model\), got AutoNormal.*SVI"),
+    ({"guide": AutoIAF}, "NFVI expected `guide` .* got AutoIAF"),
+    ({"guide": planar}, "NFVI expected `guide` .* got function"),
+    ({"guide": "planar"}, "NFVI expected `guide` .* got str"),
+    ({"objective": ELBO}, r"NFVI expected `objective` to be one such as ELBO\(\), got .*ELBO"),
+    ({"objective": "elbo"}, "NFVI expected `objective` .* got 'elbo'"),
+    ({"objective": Trace_ELBO()}, "NFVI expected `objective` .* got .*Trace_ELBO"),
+    ({"num_particles": 0}, "NFVI expected `num_particles` to be an integer >= 1, got 0"),
+    ({"num_particles": "many"}, "NFVI expected `num_particles` .* got 'many'"),
+    ({"num_particles": 2.5}, "NFVI expected `num_particles` .* got 2.5"),
+    ({"num_steps": 0}, "NFVI expected `num_steps` .* got 0"),
+    ({"num_steps": -5}, "NFVI expected `num_steps` .* got -5"),
+    ({"num_steps": 1e3}, "NFVI expected `num_steps` .* got 1000.0"),
+    ({"num_steps": True}, "NFVI expected `num_steps` .* got True"),
+    ({"lr": 0}, "NFVI expected `lr` to be a positive number, got 0"),
+    ({"lr": "small"}, "NFVI expected `lr` .* got 'small'"),
+    ({"lr": math.nan}, "NFVI expected `lr` .* got nan"),
+    ({"seed": "abc"}, "NFVI expected `seed` to be an integer.* got 'abc'"),
+    ({"seed": 1.5}, "NFVI expected `seed` .* got 1.5"),
+    ({"seed": True}, "NFVI expected `seed` .* got True"),
+    ({"dtype": "float64"}, "NFVI expected `dtype` to be a floating-point torch.dtype .* got "
+                           "'float64'"),
+    ({"dtype": torch.int64}, "NFVI expected `dtype` .* got torch.int64"),
+    ({"dtype": float}, "NFVI expected `dtype` .* got"),
+    ({"device": "gpu"}, "NFVI expected `device` to be a torch.device such as .* got 'gpu'"),
+    ({"device": 1.5}, "NFVI expected `device` .* got 1.5"),
+], ids=lambda value: None if isinstance(value, str) else
+    ", ".join(f"{k}={getattr(v, '__name__', type(v).__name__ if callable(v) else v)}"
+              for k, v in value.items()))
+def test_a_wrong_argument_is_named_with_the_way_out(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        NFVI(**{"model": conjugate, **arguments})
+
+
+def test_numbers_that_are_not_missing_are_asked_for():
+    y = Y.clone()
+    y[1] = y[3] = math.nan
+    with pytest.raises(ValueError, match="NFVI expected site 'y' to be observed with numbers, "
+                                         "got 2 NaN.*poutine.mask"):
+        small(conjugate).run(y)
+
+
+def test_the_way_out_of_missing_numbers_works():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)), pyro.poutine.mask(mask=~y.isnan()):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y.nan_to_num())
+    y = Y.clone()
+    y[1] = math.nan
+    posterior = small(model, num_steps=300, lr=0.05, seed=0).run(y)
+    mean, deviation = posterior_of_conjugate(y[~y.isnan()])
+    draws = posterior.resample(5000)["mu"]
+    assert abs(draws.mean() - mean) < 6 * deviation / posterior.ess ** 0.5
+
+
+def test_a_deterministic_site_may_be_nan():
+    def model(y):
+        conjugate(y)
+        pyro.deterministic("nothing", torch.tensor(math.nan))
+    small(model).run(Y)
+
+
+def no_latent(y):
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=y[0])
+
+
+def discrete(y):
+    conjugate(y)
+    pyro.sample("k", dist.Categorical(torch.ones(3)))
+
+
+def local_to_a_subsample(y):
+    with pyro.plate("data", len(y), subsample_size=2) as chosen:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y[chosen])
+
+
+def never_finite(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0), obs=y[0])
+    pyro.factor("wall", 0 * mu - math.inf)
+
+
+@pytest.mark.parametrize(("model", "words"), [
+    (no_latent, "AutoFlow found no latent site in the model"),
+    (discrete, r"AutoFlow handles continuous sites; 'k' is Categorical. Hide it: .*block"),
+    (local_to_a_subsample, "AutoFlow holds one value for each latent; 'z' is local to the "
+                           "subsampled plate 'data'"),
+    (never_finite, "NFVI: the log joint is not finite at the start; first bad site 'wall'.*"
+                   "init_loc_fn"),
+], ids=["no-latent", "discrete", "local-to-a-subsample", "never-finite"])
+def test_a_model_that_cannot_be_fitted_is_refused_with_the_way_out(model, words):
+    with pytest.raises(ValueError, match=words):
+        NFVI(model, num_steps=20, num_particles=8, progress=False).run(Y)
+
+
+def test_a_posterior_is_returned():
+    assert isinstance(small(conjugate).run(Y), Posterior)
