@@ -24,7 +24,7 @@ COORDS = {"group": np.array(["a", "b", "c"])}
 ATTRS = {"weighting": "none", "pareto_k": 0.25}
 
 NEW = all(importlib.util.find_spec(name) for name in ("arviz_base", "arviz_stats"))
-OLD = hasattr(arviz, "InferenceData")
+OLD = arviz.__version__.startswith("0.")
 APIS = [
     pytest.param("legacy", id="arviz-0.x",
                  marks=pytest.mark.skipif(not OLD, reason="ArviZ 0.x is not installed")),
