@@ -1,13 +1,15 @@
-"""Property checks for your own bijections: what every bijection promises, one function each.
+"""Property checks for your own bijections and guides: what each promises, one function a promise.
 
-    from pyro_nfvi.testing import check_bijection
+    from pyro_nfvi.testing import check_bijection, check_guide
 
     check_bijection(lambda: MyLayer(3, context_dim=2), context_dim=2)
+    check_guide(AutoPlanar, my_model, data)
 
 Each check builds fresh bijections with ``make()``, moves their parameters away from the identity,
 and works in float64 on random points. It is silent if the property holds, and otherwise raises an
 ``AssertionError`` that names the property and the bijection. The random number generators of torch
-are left as they were.
+are left as they were. Checks of a guide go likewise, in the dtype of the model, and leave Pyro's
+param store as it was.
 """
 
 from __future__ import annotations
@@ -20,17 +22,25 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, TypeVar
 
+import pyro
 import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.reparam import NeuTraReparam
+from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.distributions import biject_to
 from torch.func import functional_call, jacrev
 
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.flows.bijection import Bijection, Inverse
 from pyro_nfvi.flows.nets import OUTPUT_SCALE, OutputLinear
+from pyro_nfvi.guides import AutoFlow
 
 __all__ = [
     "BIJECTION_CHECKS",
+    "GUIDE_CHECKS",
     "check_batch",
     "check_bijection",
     "check_compiles",
@@ -40,6 +50,18 @@ __all__ = [
     "check_dtypes",
     "check_empty_batch",
     "check_gradients",
+    "check_guide",
+    "check_guide_arbitrary_log_prob",
+    "check_guide_copies",
+    "check_guide_draws",
+    "check_guide_elbos",
+    "check_guide_log_prob",
+    "check_guide_neutra",
+    "check_guide_particles",
+    "check_guide_predictive",
+    "check_guide_quantiles",
+    "check_guide_random_state",
+    "check_guide_trains",
     "check_identity_at_start",
     "check_inverse",
     "check_log_det",
@@ -505,3 +527,452 @@ def _mistakes(case: _Case, argument: str) -> list[tuple[str, Any, Any, str]]:
     return [*mistakes, ("a missing context", u, None, "context"),
             ("a context too long", u, torch.cat([context, context], -1), "context"),
             ("a context of another batch", u, context[:3], "context")]
+
+
+# ------------------------------------------------------------------ guides
+
+MakeGuide = Callable[[Callable[..., Any]], AutoFlow]
+LEVELS = (0.05, 0.5, 0.95)
+GUIDE_NOISE = 0.2  # smaller than for bijections: constrained values must stay off their bounds
+
+
+def check_guide(make_guide: MakeGuide, model: Callable[..., Any], *args: Any, **kwargs: Any
+                ) -> None:
+    """Run every check of a guide on one model.
+
+    Args:
+        make_guide: Builds a fresh guide of a model; called several times.
+        model: A Pyro model that broadcasts over particles, with a name that pickle finds.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If a property fails; the message names it and the guide.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi.guides import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        >>> check_guide(AutoPlanar, model)
+    """
+    for check in GUIDE_CHECKS:
+        check(make_guide, model, *args, **kwargs)
+
+
+def check_guide_trains(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                       **kwargs: Any) -> None:
+    """SVI moves every parameter the density hangs on, of the first guide and of the second.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If a parameter stays where it was.
+    """
+    with _guide_property("SVI trains it", make_guide, model, args, kwargs) as case:
+        first, second = case.guide, make_guide(model).setup(*args, **kwargs)
+        for which, guide in (("the first", first), ("the second", second)):
+            # The second guide of a name starts where the param store says: at the first.
+            before = {name: p.detach().clone() for name, p in first.named_parameters()}
+            alive = _parameters_that_matter(first)
+            _require(len(alive) > 0, "The guide has no parameter.")
+            _svi_step(case, guide)
+            for name, parameter in guide.named_parameters():
+                _require(name not in alive or not torch.equal(parameter, before[name]),
+                         f"Parameter {name} of {which} guide did not move.")
+
+
+def check_guide_log_prob(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                         **kwargs: Any) -> None:
+    """``log_prob`` of the guide's own draw is the density its trace records.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If it is not.
+    """
+    with _guide_property("log_prob of a draw is its traced density", make_guide, model, args,
+                         kwargs) as case:
+        trace = poutine.trace(case.guide).get_trace(*args, **kwargs)
+        _assert_close("log_prob", case.guide.log_prob(case.values_in(trace)),
+                      trace.log_prob_sum())
+
+
+def check_guide_arbitrary_log_prob(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                                   **kwargs: Any) -> None:
+    """``log_prob`` of points the guide did not draw follows from autograd's Jacobian.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If it does not.
+    """
+    with _guide_property("log_prob holds at any point", make_guide, model, args, kwargs) as case:
+        layout, (base, transform) = case.guide.layout, case.parts()
+        drawn = layout.pack(case.guide.sample_posterior(4))
+        z = (drawn + 0.1 * torch.randn_like(drawn)).detach()
+        values = layout.constrain(z)[0]
+        u = transform.inv(z)
+        jacobians = torch.stack([jacrev(lambda point: transform.with_cache(0)(point))(row)
+                                 for row in u.detach()])
+        expected = base.log_prob(u) - torch.linalg.slogdet(jacobians).logabsdet
+        expected = expected - case.log_det_of_supports(z)
+        _assert_close("log_prob", case.guide.log_prob(values), expected)
+        folded = {name: value.unflatten(0, (2, 2)) for name, value in values.items()}
+        _assert_close("log_prob of two sample dimensions", case.guide.log_prob(folded),
+                      expected.unflatten(0, (2, 2)))
+
+
+def check_guide_draws(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                      **kwargs: Any) -> None:
+    """Draws have the sites' names, shapes, dtype and supports, whichever way they are made.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If they do not, or one seed gives two draws.
+    """
+    with _guide_property("draws fit their sites", make_guide, model, args, kwargs) as case:
+        torch.manual_seed(1)
+        traced = case.values_in(poutine.trace(case.guide).get_trace(*args, **kwargs))
+        torch.manual_seed(1)
+        one = case.guide.sample_posterior(1) if not _draws_plates(case) else None
+        many = case.guide.sample_posterior(5)
+        _require(set(many) == set(case.sites), f"Expected sites {sorted(case.sites)}, got "
+                                               f"{sorted(many)}.")
+        for name, node in case.sites.items():
+            value, support = node["value"], node["fn"].support
+            _require(many[name].shape == (5, *value.shape),
+                     f"Expected {name} of shape {(5, *value.shape)}, got {many[name].shape}.")
+            _require(many[name].dtype == value.dtype, f"{name} changed its dtype.")
+            _require(not many[name].requires_grad, f"{name} carries a graph.")
+            _require(bool(support.check(many[name]).all()), f"{name} left {support}.")
+            if one is not None:
+                _assert_close(f"{name} of sample_posterior", one[name][0], traced[name].detach())
+
+
+def check_guide_quantiles(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                          **kwargs: Any) -> None:
+    """Quantiles are those of the draws, and the median is the one of level a half.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If they are not, to five standard errors.
+    """
+    with _guide_property("quantiles are those of the draws", make_guide, model, args,
+                         kwargs) as case:
+        layout, count = case.guide.layout, 2000
+        quantiles = case.guide.quantiles(LEVELS)
+        for name, median in case.guide.median(*args, **kwargs).items():
+            _require(torch.equal(median, quantiles[name][1]),
+                     f"The median of {name} is not its quantile 0.5.")
+        z = layout.pack(case.guide.sample_posterior(count))
+        for k, level in enumerate(LEVELS):
+            below = (z < layout.pack({name: q[k] for name, q in quantiles.items()}))
+            error = (below.to(z.dtype).mean(0) - level).abs().max().item()
+            standard = (level * (1 - level) * (1 / count + 1 / 4000)) ** 0.5
+            _require(error < 5 * standard,
+                     f"Quantile {level} of a coordinate holds {error / standard:.1f} standard "
+                     "errors more or fewer of the draws.")
+
+
+def check_guide_random_state(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                             **kwargs: Any) -> None:
+    """Median, quantiles and scales repeat themselves and leave the random state as it was.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If they do not.
+    """
+    with _guide_property("summaries leave the random state alone", make_guide, model, args,
+                         kwargs) as case:
+        before = torch.get_rng_state()
+        results = [[*case.guide.median(*args, **kwargs).values(),
+                    *case.guide.quantiles(LEVELS, *args, **kwargs).values(),
+                    *case.guide._loc_scale(*args, **kwargs)] for _ in range(2)]
+        _require(torch.equal(before, torch.get_rng_state()), "The random state changed.")
+        for one, other in zip(*results, strict=True):
+            _require(torch.equal(one, other), "Two calls gave two results.")
+            _require(not one.requires_grad, "A summary carries a graph.")
+
+
+def check_guide_copies(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                       **kwargs: Any) -> None:
+    """Copies are exact: deepcopy, pickle, and state_dict into a fresh guide.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If a copy differs, or copying harms the guide, before or after a step.
+    """
+    with _guide_property("copies are exact", make_guide, model, args, kwargs) as case:
+        for stage in ("at the start", "after a step"):
+            copies, results = case.copies(), case.results(case.guide)
+            for how, guide in copies.items():
+                for name, got in case.results(guide).items():
+                    _require(torch.equal(got, results[name]),
+                             f"{name} of a copy by {how} {stage} differ.")
+            _svi_step(case, case.guide)
+
+
+def check_guide_elbos(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                      **kwargs: Any) -> None:
+    """``Trace_ELBO`` and ``TraceMeanField_ELBO`` are equal, draw by draw.
+
+    A model that scales or masks its latents cannot promise this: Pyro's mean-field ELBO reads
+    both from the guide.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If they are not.
+    """
+    with _guide_property("the ELBOs agree", make_guide, model, args, kwargs) as case:
+        losses = []
+        for elbo in (Trace_ELBO(), TraceMeanField_ELBO()):
+            torch.manual_seed(1)
+            loss = elbo.differentiable_loss(model, case.guide, *args, **kwargs)
+            slopes = torch.autograd.grad(loss, [*case.guide.parameters()], allow_unused=True,
+                                         materialize_grads=True)
+            losses.append((loss, *slopes))
+        for one, other in zip(*losses, strict=True):
+            _assert_close("the mean-field ELBO, or its gradient,", other, one)
+
+
+def check_guide_particles(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                          **kwargs: Any) -> None:
+    """Vectorized particles are draws of their own, to the left of every plate.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If shapes or densities are others, or the loss is not finite.
+    """
+    with _guide_property("particles are draws of their own", make_guide, model, args,
+                         kwargs) as case:
+        nesting = case.max_plate_nesting()
+        with pyro.plate("particles", 3, dim=-1 - nesting):
+            trace = poutine.trace(case.guide).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        latent = next(node for node in trace.nodes.values()
+                      if node.get("infer", {}).get("is_auxiliary"))
+        shape = (3, *[1] * nesting)
+        _require(latent["log_prob"].shape == shape, f"Expected the latent's log_prob of shape "
+                                                    f"{shape}, got {latent['log_prob'].shape}.")
+        total, values = latent["log_prob"].reshape(3), {}
+        for name, node in case.sites.items():
+            value, log_prob = trace.nodes[name]["value"], trace.nodes[name]["log_prob"]
+            event = node["fn"].event_dim
+            batch = node["value"].shape[:node["value"].dim() - event]
+            shape = (3, *[1] * (nesting - len(batch)), *node["value"].shape)
+            _require(value.shape == shape,
+                     f"Expected {name} of shape {shape}, got {tuple(value.shape)}.")
+            values[name] = value.reshape(3, *node["value"].shape)
+            total = total + log_prob.reshape(3, -1).sum(-1)
+        _assert_close("the density of the particles", total, case.guide.log_prob(values))
+        elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=nesting)
+        loss = torch.tensor(elbo.loss(model, case.guide, *args, **kwargs))
+        _require(bool(loss.isfinite()), "The loss of three particles is not finite.")
+
+
+def check_guide_predictive(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                           **kwargs: Any) -> None:
+    """``Predictive`` gets the guide's draws, in parallel or one by one, from model or guide.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If a site is missing, of another shape, or outside its support.
+    """
+    with _guide_property("Predictive works", make_guide, model, args, kwargs) as case:
+        nesting = case.max_plate_nesting()
+        for parallel in (False, True):
+            options = {"num_samples": 3, "parallel": parallel}
+            from_model = Predictive(model, guide=case.guide, return_sites=list(case.sites),
+                                    **options)(*args, **kwargs)
+            from_guide = Predictive(case.guide, **options)(*args, **kwargs)
+            for samples in (from_model, from_guide):
+                for name, node in case.sites.items():
+                    value, batch = node["value"], node["value"].dim() - node["fn"].event_dim
+                    shapes = ((3, *value.shape), (3, *[1] * (nesting - batch), *value.shape))
+                    _require(samples[name].shape in shapes,
+                             f"Expected {name} of shape {shapes[0]}, got {samples[name].shape}.")
+                    _require(bool(node["fn"].support.check(samples[name]).all()),
+                             f"{name} left its support.")
+
+
+def check_guide_neutra(make_guide: MakeGuide, model: Callable[..., Any], *args: Any,
+                       **kwargs: Any) -> None:
+    """``NeuTraReparam`` gives the model's density at the guide's draw, times its Jacobian.
+
+    A model that scales or masks constrained latents cannot promise this: Pyro scales the
+    Jacobian of the constraint along with the density.
+
+    Args:
+        make_guide: Builds a fresh guide of a model.
+        model: A Pyro model.
+        *args: Arguments of the model.
+        **kwargs: Likewise.
+
+    Raises:
+        AssertionError: If the density differs from the one computed here.
+    """
+    with _guide_property("NeuTra's density is the model's", make_guide, model, args,
+                         kwargs) as case:
+        neutra = poutine.trace(NeuTraReparam(case.guide).reparam(model))
+        trace = neutra.get_trace(*args, **kwargs)
+        latent = next(name for name in trace.nodes if name.endswith("_shared_latent"))
+        u, transform = trace.nodes[latent]["value"], case.parts()[1]
+        z = transform(u)
+        log_det = torch.linalg.slogdet(jacrev(transform.with_cache(0))(u)).logabsdet
+        values = case.guide.layout.constrain(z)[0]
+        plates = poutine.trace(lambda: None).get_trace()
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and type(node["fn"]).__name__ == "_Subsample":
+                plates.add_node(name, **node)
+        conditioned = poutine.condition(poutine.replay(model, trace=plates), data=values)
+        expected = poutine.trace(conditioned).get_trace(*args, **kwargs).log_prob_sum()
+        expected = expected + log_det + case.log_det_of_supports(z)
+        _assert_close("the log-density", trace.log_prob_sum(), expected)
+
+
+GUIDE_CHECKS: tuple[Callable[..., None], ...] = (
+    check_guide_trains, check_guide_log_prob, check_guide_arbitrary_log_prob, check_guide_draws,
+    check_guide_quantiles, check_guide_random_state, check_guide_copies, check_guide_elbos,
+    check_guide_particles, check_guide_predictive, check_guide_neutra)
+
+
+@dataclass(frozen=True)
+class _GuideCase:
+    """One guide, built for one model and moved away from where it starts."""
+
+    make_guide: MakeGuide
+    guide: AutoFlow
+    model: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+
+    @property
+    def sites(self) -> dict[str, Any]:
+        """Latent sites of the model, as its prototype trace holds them."""
+        return dict(self.guide.prototype_trace.iter_stochastic_nodes())
+
+    def values_in(self, trace: Any) -> dict[str, Tensor]:
+        return {name: trace.nodes[name]["value"] for name in self.sites}
+
+    def parts(self) -> tuple[Any, Any]:
+        return self.guide.get_base_dist(), self.guide.get_transform()
+
+    def log_det_of_supports(self, z: Tensor) -> Tensor:
+        """Log-Jacobian of all constraints, written without the layout."""
+        total = z.new_zeros(z.shape[:-1])
+        for name, node in self.sites.items():
+            transform = biject_to(node["fn"].support)
+            part = self.guide.layout.split(z)[name]
+            log_det = transform.log_abs_det_jacobian(part, transform(part))
+            total = total + log_det.reshape(*z.shape[:-1], -1).sum(-1)
+        return total
+
+    def max_plate_nesting(self) -> int:
+        trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+        return max((-frame.dim for node in trace.nodes.values()
+                    for frame in node.get("cond_indep_stack", ())), default=0)
+
+    def results(self, guide: AutoFlow) -> dict[str, Tensor]:
+        """What a copy must get right: draws under one seed, and densities of given points."""
+        torch.manual_seed(1)
+        draws = guide.sample_posterior(3)
+        z = torch.linspace(-1, 1, guide.latent_dim).to(next(guide.parameters()))
+        log_prob = guide.log_prob(guide.layout.constrain(z)[0])
+        medians = {f"Medians of {name}": value for name, value in guide.median().items()}
+        return {**{f"Draws of {name}": value for name, value in draws.items()}, **medians,
+                "Densities": log_prob.detach()}
+
+    def copies(self) -> dict[str, AutoFlow]:
+        reloaded = self.make_guide(self.model).setup(*self.args, **self.kwargs)
+        reloaded.load_state_dict(self.guide.state_dict())
+        return {"pickle": pickle.loads(pickle.dumps(self.guide)),
+                "deepcopy": copy.deepcopy(self.guide), "state_dict": reloaded}
+
+
+@contextmanager
+def _guide_property(name: str, make_guide: MakeGuide, model: Callable[..., Any], args: tuple,
+                    kwargs: dict[str, Any]) -> Iterator[_GuideCase]:
+    """Set up a check of a guide in a parameter store of its own; say what it checked."""
+    with (torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+          pyro.get_param_store().scope()):
+        torch.manual_seed(0)
+        guide = make_guide(model)
+        if not isinstance(guide, AutoFlow):
+            raise ValueError("pyro_nfvi.testing expected `make_guide` to return an AutoFlow, got "
+                             f"{type_name(guide)}.")
+        perturb(guide.setup(*args, **kwargs), GUIDE_NOISE)
+        try:
+            yield _GuideCase(make_guide, guide, model, args, kwargs)
+        except Exception as error:
+            kind = "" if isinstance(error, AssertionError) else f"{type_name(error)}: "
+            model_name = getattr(model, "__name__", type_name(model))
+            raise AssertionError(f"{type_name(guide)} of {model_name} fails the check that {name}. "
+                                 f"{kind}{error}") from error
+
+
+def _svi_step(case: _GuideCase, guide: AutoFlow) -> None:
+    svi = SVI(case.model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    svi.step(*case.args, **case.kwargs)
+
+
+def _parameters_that_matter(guide: AutoFlow) -> set[str]:
+    """Names of the parameters in which a draw, or its density, has a gradient."""
+    named = dict(guide.named_parameters())
+    z, log_prob = guide._flow().rsample_and_log_prob((4,))
+    weight = torch.linspace(1, 2, z.numel()).to(z).reshape(z.shape)
+    slopes = torch.autograd.grad((weight * z).sum() + log_prob.sum(), [*named.values()],
+                                 materialize_grads=True, allow_unused=True)
+    return {name for name, slope in zip(named, slopes, strict=True) if slope.any()}
+
+
+def _draws_plates(case: _GuideCase) -> bool:
+    """Whether calling the guide also draws a subsample, and so uses the seed otherwise."""
+    return any(plate.subsample_size < plate.size for plate in case.guide.plates.values())

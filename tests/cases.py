@@ -1,6 +1,7 @@
 """The single list of what exists: named constructors that the property tests run over.
 
-A new bijection, transformer or base gets one line here, and every property test runs on it.
+A new bijection, transformer, base, guide or model gets one line here, and every property test runs
+on it.
 """
 
 from __future__ import annotations
@@ -8,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import pyro
+import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
+import torch
 import zuko
+from pyro import poutine
+from pyro.nn import PyroModule, PyroSample
+from torch import Tensor
 from torch.distributions import transforms as torch_transforms
 
 from pyro_nfvi import flows, testing
@@ -36,7 +43,10 @@ from pyro_nfvi.flows import (
     Sylvester,
     Transformer,
     Triangular,
+    maf,
+    nice,
 )
+from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
 
 # ------------------------------------------------------------------ flows
 
@@ -143,4 +153,177 @@ NOT_PROMISED: dict[str, set[Callable[..., None]]] = {
 
 # ------------------------------------------------------------------ guides
 
+# Functions of the model. Small nets: these are tests of the guide, not of the flow.
+
+
+def pyro_spline(input_dim: int) -> pyro_transforms.Spline:
+    """Pyro's elementwise spline, as a recipe."""
+    return pyro_transforms.spline(input_dim, count_bins=4)
+
+
+def zuko_transform(input_dim: int) -> zuko.flows.MaskedAutoregressiveTransform:
+    """Zuko's autoregressive transform, as a recipe."""
+    return zuko.flows.MaskedAutoregressiveTransform(input_dim, hidden_features=(8,))
+
+
+GUIDES: dict[str, Callable[..., AutoFlow]] = {
+    "planar": partial(AutoPlanar, num_layers=2),
+    "radial": partial(AutoRadial, num_layers=2),
+    "iaf": partial(AutoIAF, num_layers=2, hidden_dims=(8,)),
+    "spline": partial(AutoSpline, num_layers=2, num_bins=4, hidden_dims=(8,)),
+    "default": AutoFlow,
+    "maf": partial(AutoFlow, recipe=maf, num_layers=1, hidden_dims=(8,)),
+    "nice": partial(AutoFlow, recipe=nice, num_layers=2, hidden_dims=(8,)),
+    "triangular": partial(AutoPlanar, num_layers=1, affine=Triangular),
+    "student-t": partial(AutoPlanar, num_layers=1, base=partial(StudentT, learn=True)),
+    "mixture": partial(AutoPlanar, num_layers=1, base=partial(Mixture, num_components=2)),
+    "from-pyro": partial(AutoFlow, recipe=pyro_spline),
+    "from-zuko": partial(AutoFlow, recipe=zuko_transform),
+}
+
 # ------------------------------------------------------------------ models
+
+# Every model broadcasts over particles to the left of its plates; arguments are made at the
+# default dtype of the moment.
+
+
+def scalar(data: Tensor) -> None:
+    """One latent of size one."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(data)):
+        pyro.sample("obs", dist.Normal(x, 1.0), obs=data)
+
+
+def mixed() -> None:
+    """Positive, interval, real and vector sites."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+    chance = pyro.sample("chance", dist.Beta(2.0, 3.0))
+    side = pyro.sample("side", dist.Uniform(-1.0, 2.0))
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+    mean = side + chance * x.sum(-1)
+    pyro.sample("obs", dist.Normal(mean, scale), obs=torch.tensor(0.7))
+
+
+def simplex(counts: Tensor) -> None:
+    """A Dirichlet prior and counts."""
+    p = pyro.sample("p", dist.Dirichlet(torch.tensor([0.8, 1.0, 2.0])))
+    pyro.sample("obs", dist.Multinomial(int(counts.sum()), p), obs=counts)
+
+
+def correlation(data: Tensor) -> None:
+    """An LKJ prior over correlations, with scales."""
+    factor = pyro.sample("factor", dist.LKJCholesky(3, 2.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(torch.ones(3)).to_event(1))
+    with pyro.plate("data", len(data)):
+        tril = sigma.unsqueeze(-1) * factor
+        pyro.sample("obs", dist.MultivariateNormal(torch.zeros(3), scale_tril=tril), obs=data)
+
+
+def plates(data: Tensor) -> None:
+    """A hierarchy: global sites, then one in a plate."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    with pyro.plate("groups", len(data)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("obs", dist.Normal(theta, 1.0), obs=data)
+
+
+def nested_plates(data: Tensor) -> None:
+    """Sites in the outer, the inner, and both plates, at set dimensions."""
+    rows = pyro.plate("rows", data.shape[0], dim=-2)
+    columns = pyro.plate("columns", data.shape[1], dim=-1)
+    with columns:
+        column = pyro.sample("column", dist.Exponential(1.0))
+    with rows:
+        row = pyro.sample("row", dist.Normal(torch.zeros(2), torch.ones(2)).to_event(1))
+        with columns:
+            cell = pyro.sample("cell", dist.Normal(row.sum(-1), column))
+            pyro.sample("obs", dist.Normal(cell, 1.0), obs=data)
+
+
+def plate_first(data: Tensor) -> None:
+    """The first latent is in a plate, and constrained."""
+    with pyro.plate("groups", len(data)):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.sample("obs", dist.Normal(rate, 1.0), obs=data)
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def subsampled(data: Tensor) -> None:
+    """Global latents; the data, which has none of its own, by minibatch."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("data", len(data), subsample_size=2) as index:
+        pyro.sample("obs", dist.Normal(mu, sigma), obs=data[index])
+
+
+def funnel() -> None:
+    """Neal's funnel."""
+    y = pyro.sample("y", dist.Normal(0.0, 3.0))
+    scale = (y / 2).exp().unsqueeze(-1).expand(y.shape + (2,))
+    pyro.sample("x", dist.Normal(torch.zeros(2), scale).to_event(1))
+
+
+def factor(data: Tensor) -> None:
+    """The likelihood is a factor; part of it is masked, part weighted."""
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1))
+    pyro.factor("bend", -x.square().sum(-1).square())
+    with pyro.plate("data", len(data)):
+        with poutine.mask(mask=data > 0), poutine.scale(scale=0.5):
+            pyro.sample("obs", dist.Normal(x[..., 0], 1.0), obs=data)
+
+
+def weighted() -> None:
+    """The latents themselves are masked and weighted, the first one in a plate."""
+    with pyro.plate("groups", 3), poutine.mask(mask=torch.tensor([True, False, True])):
+        x = pyro.sample("x", dist.Normal(1.0, 2.0))
+        pyro.sample("y", dist.Normal(x, 1.0))
+    with poutine.scale(scale=0.5):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+
+
+def deterministic(data: Tensor) -> None:
+    """Eight schools' non-centred form, with a deterministic site."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(data)):
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + tau * eta)
+        pyro.sample("obs", dist.Normal(theta, 10.0), obs=data)
+
+
+class Regression(PyroModule):
+    """A Bayesian module: its weights are sample statements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = PyroSample(lambda self: dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        self.noise = PyroSample(lambda self: dist.LogNormal(0.0, 1.0))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        mean = (x * self.weight).sum(-1)
+        noise = self.noise
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(mean, noise), obs=y)
+
+
+MODELS: dict[str, tuple[Callable[..., None], Callable[[], tuple]]] = {  # model, its arguments
+    "scalar": (scalar, lambda: (torch.tensor([0.5, 1.0]),)),
+    "mixed": (mixed, tuple),
+    "simplex": (simplex, lambda: (torch.tensor([3.0, 1.0, 4.0]),)),
+    "correlation": (correlation, lambda: (torch.eye(3),)),
+    "plates": (plates, lambda: (torch.tensor([-1.0, 0.0, 2.0]),)),
+    "nested-plates": (nested_plates, lambda: (torch.tensor([[0.0, 1.0], [2.0, 0.5], [1.0, 3.0]]),)),
+    "plate-first": (plate_first, lambda: (torch.tensor([1.0, 2.0, 0.5]),)),
+    "subsampled": (subsampled, lambda: (torch.tensor([0.3, 1.0, -0.5, 2.0]),)),
+    "funnel": (funnel, tuple),
+    "factor": (factor, lambda: (torch.tensor([1.0, -2.0, 0.5]),)),
+    "weighted": (weighted, tuple),
+    "deterministic": (deterministic, lambda: (torch.tensor([28.0, 8.0, -3.0, 7.0]),)),
+    "pyro-module": (Regression(), lambda: (torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]),
+                                           torch.tensor([0.0, 1.5, 2.0]))),
+}
+
+# Checks of properties that a model does not let a guide promise: Pyro's mean-field ELBO takes the
+# scale and mask of a latent from the guide, which has none.
+MODEL_CANNOT: dict[str, set[Callable[..., None]]] = {"weighted": {testing.check_guide_elbos}}

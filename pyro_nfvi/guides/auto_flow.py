@@ -91,6 +91,8 @@ class AutoFlow(AutoContinuous):
     """
 
     default_recipe: Recipe = staticmethod(realnvp)
+    layout: LatentLayout  # set by the first call, as what follows
+    prototype_trace: Any
 
     def __init__(self, model: Callable, recipe: Recipe | None = None, *,
                  init_loc_fn: Callable = init_to_median, init_scale: float = 0.1,
@@ -104,7 +106,6 @@ class AutoFlow(AutoContinuous):
         self.init_scale = check_positive_float(owner, "init_scale", init_scale)
         self.recipe = _with_options(owner, recipe, options)
         self._base_recipe, self._affine_recipe = base, affine
-        self.layout: LatentLayout | None = None
         AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
 
     # ------------------------------------------------------------------ building
@@ -117,6 +118,9 @@ class AutoFlow(AutoContinuous):
         """
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+            if self.master is None:  # NeuTraReparam reads the plates
+                with poutine.block():
+                    self._create_plates(*args, **kwargs)
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +174,7 @@ class AutoFlow(AutoContinuous):
     def get_base_dist(self) -> NoiseDistribution:
         """Distribution of the noise."""
         flow = self._flow()
-        return NoiseDistribution(flow.base, copies=self._copies_in_neutra(),
+        return NoiseDistribution(flow.base, surplus=self._surplus_in_neutra(),
                                  log_det=lambda u: flow.bijection(u)[1])
 
     def get_transform(self, *args: Any, **kwargs: Any) -> BijectionTransform:
@@ -219,12 +223,17 @@ class AutoFlow(AutoContinuous):
         for site, unconstrained in self._aligned(latent):
             yield self.prototype_trace.nodes[site.name], unconstrained
 
-    def _copies_in_neutra(self) -> float:
-        """How often NeuTraReparam counts what it adds to the first site's log-density."""
+    def _surplus_in_neutra(self) -> float:
+        """How often NeuTraReparam counts beyond once what it adds to the first site's density.
+
+        In units of what it counts of the noise, which is in the site's mask and scale but not in
+        its plates.
+        """
         node = next(iter(self.prototype_trace.iter_stochastic_nodes()))[1]
-        mask = torch.as_tensor(True if node["mask"] is None else node["mask"])
-        counted = mask.expand(torch.broadcast_shapes(mask.shape, node["fn"].batch_shape))
-        return float(node["scale"] * counted.sum())
+        weight = torch.as_tensor(node["scale"]) * (1 if node["mask"] is None else node["mask"])
+        of_site = weight.expand(torch.broadcast_shapes(weight.shape, node["fn"].batch_shape)).sum()
+        of_noise = weight.sum()
+        return float((of_site - 1) / of_noise) if of_noise else 0.0
 
     # ------------------------------------------------------------------ reading the posterior
 
@@ -264,9 +273,15 @@ class AutoFlow(AutoContinuous):
 
         They are taken of seeded draws, on the unconstrained scale, and mapped to the support;
         the global random state stays as it was.
+
+        Raises:
+            ValueError: If a quantile is not between 0 and 1.
         """
         shift, centred = self._centred_draws()
         levels = torch.as_tensor(quantiles, dtype=shift.dtype, device=shift.device)
+        if not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"{type(self).__name__} expected `quantiles` between 0 and 1, got "
+                             f"{levels.tolist()}.")
         return self.layout.constrain(shift + _quantiles(centred, levels))[0]
 
     @torch.no_grad()
@@ -348,6 +363,9 @@ def _check_callables(owner: str, **arguments: Any) -> None:
         if not callable(value):
             raise ValueError(f"{owner} expected `{name}` to be a function, got "
                              f"{type_name(value)}.")
+        if name in ("recipe", "base", "affine") and isinstance(value, (torch.nn.Module, Transform)):
+            raise ValueError(f"{owner} expected `{name}` to be a function of the number of "
+                             f"latents, got {type_name(value)}. Pass what builds it.")
 
 
 def _with_options(owner: str, recipe: Recipe, options: dict[str, Any]) -> Recipe:

@@ -11,6 +11,7 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
@@ -90,6 +91,8 @@ class LatentLayout:
         """
         sites: list[LatentSite] = []
         for _, node in trace.iter_stochastic_nodes():
+            if site_is_subsample(node):
+                continue
             start = sites[-1].start + sites[-1].size if sites else 0
             sites.append(_site(node, start))
         return cls(tuple(sites))

@@ -8,7 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
-from torch.distributions import Distribution, Transform, register_kl
+from torch.distributions import Transform, register_kl
 
 from pyro_nfvi.flows.base import Base, BaseDistribution
 
@@ -24,8 +24,8 @@ class LatentDelta(dist.Delta):
     """
 
 
-@register_kl(LatentDelta, Distribution)
-def _kl_latent_delta(q: LatentDelta, p: Distribution) -> Tensor:
+@register_kl(LatentDelta, dist.Distribution)  # Pyro's, not torch's: the class (Delta, ...) has
+def _kl_latent_delta(q: LatentDelta, p: dist.Distribution) -> Tensor:
     return q.log_density - p.log_prob(q.v)
 
 
@@ -36,18 +36,19 @@ class NoiseDistribution(BaseDistribution, TorchDistributionMixin):
         base: The noise.
         batch_shape: Shape of the batch of independent copies.
         log_det: Log-determinant of the guide's transform, for NeuTra.
-        copies: How often NeuTra counts that log-determinant, for want of a plate to put it in.
+        surplus: How often NeuTra counts that log-determinant beyond once, for want of a plate to
+            put it in.
     """
 
     def __init__(self, base: Base, batch_shape: Any = (), validate_args: bool | None = None, *,
-                 log_det: LogDet | None = None, copies: float = 1.0) -> None:
+                 log_det: LogDet | None = None, surplus: float = 0.0) -> None:
         super().__init__(base, batch_shape, validate_args=validate_args)
         self.log_det = log_det
-        self.copies = copies
+        self.surplus = surplus
 
     def mask(self, mask: bool | Tensor) -> dist.MaskedDistribution:
         """This noise with its log-probability masked."""
-        if mask is False and self.log_det is not None and self.copies != 1:
+        if mask is False and self.log_det is not None and self.surplus:
             return _NeuTraNoise(self)
         return dist.MaskedDistribution(self, mask)
 
@@ -64,8 +65,7 @@ class _NeuTraNoise(dist.MaskedDistribution):
         super().__init__(noise, False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        surplus = self.base_dist.copies - 1
-        return -surplus * self.base_dist.log_det(value)
+        return -self.base_dist.surplus * self.base_dist.log_det(value)
 
 
 class LatentDistribution(dist.TransformedDistribution):
