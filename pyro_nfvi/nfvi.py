@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pyro
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
 from pyro_nfvi.flows import Flow, Triangular, nsf
 from pyro_nfvi.guides import AutoFlow
@@ -91,7 +92,8 @@ class NFVI:
                 log joint is not finite at the start.
         """
         args, kwargs = self._converted(args), self._converted(kwargs)
-        with _seeded(self.seed), default_dtype(self.dtype):
+        random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
+        with random_state, default_dtype(self.dtype):
             guide = AutoFlow(self.model, nsf, affine=Triangular) if self.guide is None \
                 else self.guide
             fresh = guide.prototype_trace is None
@@ -226,10 +228,3 @@ def _checked_device(device: Any) -> torch.device | None:
         raise ValueError(f"NFVI expected `device` to be a torch.device such as 'cuda', got "
                          f"{device!r}.") from None
 
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    with nullcontext() if seed is None else torch.random.fork_rng():
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield

@@ -33,6 +33,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.distributions import biject_to
 from torch.func import functional_call, jacrev
 
+from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.flows.bijection import Bijection, Inverse
 from pyro_nfvi.flows.nets import OUTPUT_SCALE, OutputLinear
@@ -413,8 +414,7 @@ class _Case:
 @contextmanager
 def _property(name: str, make: Make, seed: int, noise: float = NOISE) -> Iterator[_Case]:
     """Set up a check, and say what it checked where it fails."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with forked_rng(seed):
         bijection = perturb(_made(make).double(), noise)
         try:
             yield _Case(bijection, *_points(bijection))
@@ -941,9 +941,7 @@ class _GuideCase:
 def _guide_property(name: str, make_guide: MakeGuide, model: Callable[..., Any], args: tuple,
                     kwargs: dict[str, Any]) -> Iterator[_GuideCase]:
     """Set up a check of a guide in a parameter store of its own; say what it checked."""
-    with (torch.random.fork_rng(devices=range(torch.cuda.device_count())),
-          pyro.get_param_store().scope()):
-        torch.manual_seed(0)
+    with forked_rng(seed=0), pyro.get_param_store().scope():
         guide = make_guide(model)
         if not isinstance(guide, AutoFlow):
             raise ValueError("pyro_nfvi.testing expected `make_guide` to return an AutoFlow, got "

@@ -12,8 +12,8 @@ import pyro_nfvi
 from pyro_nfvi import diagnostics, flows, guides, inference, testing
 
 ROOT = Path(pyro_nfvi.__file__).parent
-ORDER = ["_shapes", "_arviz", "flows", "guides", "inference", "diagnostics", "storage",
-         "posterior", "nfvi", "testing"]
+ORDER = ["_shapes", "_random", "_arviz", "flows", "guides", "inference", "diagnostics",
+         "storage", "posterior", "nfvi", "testing"]
 ROOMS = [pyro_nfvi, flows, guides, inference, diagnostics]
 README = ROOT.parent / "README.md"
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.func import functional_call
 
+from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
 from pyro_nfvi.flows import (
     Base,
@@ -297,16 +298,13 @@ class AutoFlow(AutoContinuous):
         location, exactly.
         """
         flow = self._flow()
-        with _seeded(self._prototype_device()):
+        with forked_rng(seed=0):
             u = flow.base.rsample((NUM_QUANTILE_DRAWS // 2,))
         u = torch.cat([u, -u, torch.zeros_like(u[:1])]) if flow.base.symmetric else u
         *inner, affine = flow.bijection.layers
         shift = affine.shift()
         zero = {"shift.value": torch.zeros_like(shift)}
         return shift, functional_call(affine, zero, (Compose(inner)(u)[0],))[0]
-
-    def _prototype_device(self) -> torch.device:
-        return self._modules["flow"].base.zeros.device
 
     # ------------------------------------------------------------------ copies
 
@@ -397,10 +395,3 @@ def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
     low = place.floor().long()
     high = place.ceil().long()
     return torch.lerp(ordered[low], ordered[high], (place - low).unsqueeze(-1))
-
-
-@contextmanager
-def _seeded(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield

@@ -9,6 +9,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides.layout import LatentLayout
 
 MAX_SIGNATURES = 32  # more kinds of arguments than this are not re-checked: a step counter, say
@@ -66,7 +67,7 @@ class PrototypeCheck:
         signature = _signature((args, kwargs))
         if signature in self.seen or len(self.seen) >= MAX_SIGNATURES or torch.jit.is_tracing():
             return
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked_rng():
             trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
         for site in self.layout:
             self._compare(site.name, site.shape, trace)
