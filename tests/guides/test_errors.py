@@ -165,7 +165,7 @@ def test_a_wrong_option_of_a_right_name_says_what_is_expected():
         AutoPlanar(model, num_layers=0).setup(DATA)
 
 
-@pytest.mark.parametrize("recipe", ["nsf", 3, [planar]], ids=repr)
+@pytest.mark.parametrize("recipe", ["nsf", 3, [planar]], ids=["string", "number", "list"])
 def test_a_recipe_that_is_no_function_is_refused(recipe):
     with pytest.raises(ValueError, match="AutoFlow expected `recipe` to be a function, got "):
         AutoFlow(model, recipe)
