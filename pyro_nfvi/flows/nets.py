@@ -63,21 +63,23 @@ class OutputLinear(nn.Module):
         (how outputs must scale for Adam's steps not to grow with the width).
     """
 
-    mask: Tensor | None
+    scaled_mask: Tensor | None
 
     def __init__(self, in_dim: int, out_dim: int, mask: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_dim, in_dim)) if in_dim else None
         self.bias = nn.Parameter(torch.zeros(out_dim))
-        self.register_buffer("mask", None if mask is None else mask.to(self.bias.dtype))
+        # Weights are scaled, not inputs or outputs: a batch is larger than a matrix.
+        scaled_mask = None if mask is None else OUTPUT_SCALE * mask.to(self.bias.dtype)
+        self.register_buffer("scaled_mask", scaled_mask)
 
     def forward(self, x: Tensor) -> Tensor:
         """The (masked) product plus the bias, scaled."""
         bias = OUTPUT_SCALE * self.bias
         if self.weight is None:
             return bias.expand(*x.shape[:-1], -1)
-        weight = self.weight if self.mask is None else self.weight * self.mask
-        return F.linear(OUTPUT_SCALE * x, weight, bias)
+        scale = OUTPUT_SCALE if self.scaled_mask is None else self.scaled_mask
+        return F.linear(x, scale * self.weight, bias)
 
 
 class MaskedLinear(nn.Linear):
