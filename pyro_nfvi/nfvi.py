@@ -17,7 +17,7 @@ from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_nam
 from pyro_nfvi.flows import Flow, Triangular, nsf
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, History, LogJoint, Loop
-from pyro_nfvi.inference.log_joint import default_dtype, is_deterministic
+from pyro_nfvi.inference.log_joint import default_dtype, is_data
 from pyro_nfvi.posterior import Posterior
 
 AFFINE_STEPS = 0.3  # fraction of the steps that move the affine map alone
@@ -168,8 +168,7 @@ def _check_data(log_joint: LogJoint, z: Tensor) -> None:
         nodes = log_joint.trace(z).nodes
     latent = {site.name for site in log_joint.layout}
     for name, node in nodes.items():
-        if node["type"] != "sample" or name in latent or is_deterministic(node) or \
-                not torch.is_tensor(node["value"]):
+        if name in latent or not is_data(node):
             continue
         if bad := int(node["value"].isnan().sum()):
             raise ValueError(f"NFVI expected site {name!r} to be observed with numbers, got {bad} "

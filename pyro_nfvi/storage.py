@@ -70,10 +70,7 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
     z = guide._flow().rsample_and_log_prob((2,))[0].detach()
     log_joint.try_batched(z)
     _load_model_params(log_joint, content["model_params"], z[0])
-    history = content["history"]
-    history["rollbacks"] = [tuple(item) for item in history["rollbacks"]]
-    history["stages"] = [tuple(item) for item in history["stages"]]
-    return guide, log_joint, History(**history)
+    return guide, log_joint, History(**content["history"])
 
 
 def _checked_content(path: str | PathLike) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_nfvi import _arviz
+from pyro_nfvi.guides.layout import plate_names
 from pyro_nfvi.inference import ImportanceSample, LogJoint
-from pyro_nfvi.inference.log_joint import is_deterministic
+from pyro_nfvi.inference.log_joint import is_data, is_deterministic
 
 
 @torch.no_grad()
@@ -57,20 +57,14 @@ def _shown_nodes(log_joint: LogJoint, z: Tensor) -> dict[str, dict[str, Any]]:
         nodes = log_joint.trace(z).nodes
     latent = {site.name for site in log_joint.layout}
     return {name: node for name, node in nodes.items() if node["type"] == "sample"
-            and (name in latent or is_deterministic(node) or _is_data(node))}
-
-
-def _is_data(node: dict[str, Any]) -> bool:
-    return (node["is_observed"] and not site_is_subsample(node) and not site_is_factor(node)
-            and torch.is_tensor(node["value"]))
+            and (name in latent or is_deterministic(node) or is_data(node))}
 
 
 def _dims(name: str, node: dict[str, Any]) -> list[str]:
     """Names of the dimensions of a site's value: its plates, then what ArviZ would call them."""
-    value, event_dim = node["value"], node["fn"].event_dim
-    plates = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
-    return [plates.get(dim - value.dim() + event_dim, f"{name}_dim_{dim}")
-            for dim in range(value.dim())]
+    names = plate_names(node)
+    names += (None,) * (node["value"].dim() - len(names))
+    return [plate or f"{name}_dim_{dim}" for dim, plate in enumerate(names)]
 
 
 def _sizes(nodes: Mapping[str, Any], dims: Mapping[str, list[str]]) -> dict[str, int]:

@@ -215,9 +215,8 @@ class AutoFlow(AutoContinuous):
         """Slices whose batch dimensions (of particles) are aligned with the site's plates."""
         for site in self.layout:
             part = latent[..., site.start:site.start + site.size]
-            num_event = len(site.unconstrained_shape) - len(site.batch_shape)
             batch = torch.broadcast_shapes(latent.shape[:-1], site.batch_shape)
-            event = site.unconstrained_shape[len(site.unconstrained_shape) - num_event:]
+            event = site.unconstrained_shape[len(site.batch_shape):]
             yield site, part.reshape(batch + event)
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict, Tensor]]:

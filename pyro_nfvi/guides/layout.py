@@ -156,9 +156,14 @@ def _site(node: dict[str, Any], start: int) -> LatentSite:
     distribution, value = node["fn"], node["value"]
     with helpful_support_errors(node):
         unconstrained = biject_to(distribution.support).inv(value)
-    by_dim = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
-    num_batch = value.dim() - distribution.event_dim
     return LatentSite(
         name=node["name"], support=distribution.support, shape=value.shape,
         unconstrained_shape=unconstrained.shape, event_dim=distribution.event_dim,
-        plates=tuple(by_dim.get(dim - num_batch) for dim in range(num_batch)), start=start)
+        plates=plate_names(node), start=start)
+
+
+def plate_names(node: dict[str, Any]) -> tuple[str | None, ...]:
+    """Name of the plate of each batch dimension of a trace's node, None where there is none."""
+    by_dim = {frame.dim: frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+    num_batch = node["value"].dim() - node["fn"].event_dim
+    return tuple(by_dim.get(dim - num_batch) for dim in range(num_batch))

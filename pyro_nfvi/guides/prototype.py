@@ -36,7 +36,7 @@ def check_prototype(owner: str, trace: Trace) -> None:
                              f"{owner}(poutine.block(model, hide=[{name!r}])). To sum it out: "
                              "https://pyro.ai/examples/enumeration.html.")
         for frame in node["cond_indep_stack"]:
-            if frame.full_size is not None and frame.size < frame.full_size:
+            if is_subsampled(frame):
                 raise ValueError(
                     f"{owner} holds one value for each latent; {name!r} is local to the subsampled "
                     f"plate {frame.name!r} ({frame.size} of {frame.full_size}). Use the full "
@@ -85,6 +85,11 @@ class PrototypeCheck:
         if node["value"].shape != shape:
             raise ValueError(f"{self.owner} expected site {name!r} of shape {tuple(shape)}, got "
                              f"{tuple(node['value'].shape)}. {way_out}")
+
+
+def is_subsampled(frame: Any) -> bool:
+    """Whether a plate, as a node's ``cond_indep_stack`` holds it, draws minibatches."""
+    return frame.full_size is not None and frame.size < frame.full_size
 
 
 def _innermost(distribution: Any) -> Any:

@@ -10,11 +10,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.guides.layout import LatentLayout
+from pyro_nfvi.guides.prototype import is_subsampled
 
 
 class LogJoint:
@@ -71,7 +73,9 @@ class LogJoint:
 
     def trace(self, z: Tensor) -> Trace:
         """Trace of the model at one point ``(layout.size,)``."""
-        values, _ = self.layout.constrain(z)
+        return self._trace_at(self.layout.constrain(z)[0])
+
+    def _trace_at(self, values: dict[str, Tensor]) -> Trace:
         conditioned = poutine.condition(self.model, data=values)
         return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
 
@@ -93,7 +97,7 @@ class LogJoint:
         """Name the first site whose value or log-density at ``z`` is not finite."""
         values, _ = self.layout.constrain(z)
         with self.surroundings(), torch.no_grad():
-            trace = self.trace(z)
+            trace = self._trace_at(values)
             trace.compute_log_prob()
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and not _finite(node["log_prob"]):
@@ -102,8 +106,8 @@ class LogJoint:
         return "none alone: their sum overflows"
 
     def _log_density(self, z: Tensor) -> Tensor:
-        _, log_det = self.layout.constrain(z)
-        return self.trace(z).log_prob_sum() + log_det
+        values, log_det = self.layout.constrain(z)
+        return self._trace_at(values).log_prob_sum() + log_det
 
     def _map(self, function: Callable[[Tensor], Any], rows: Tensor) -> Any:
         """Apply a function of one point to all of them, at once if the model allows."""
@@ -116,8 +120,7 @@ class LogJoint:
         """Whether the model draws minibatches, and so differs from run to run."""
         with self.surroundings():
             nodes = self.trace(z).nodes.values()
-        return any(frame.full_size is not None and frame.size < frame.full_size
-                   for node in nodes if node["type"] == "sample"
+        return any(is_subsampled(frame) for node in nodes if node["type"] == "sample"
                    for frame in node["cond_indep_stack"])
 
     @contextmanager
@@ -130,6 +133,13 @@ class LogJoint:
 def is_deterministic(node: dict[str, Any]) -> bool:
     """Whether a node of a trace is a ``pyro.deterministic`` statement."""
     return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+
+
+def is_data(node: dict[str, Any]) -> bool:
+    """Whether a node is a tensor the user observed: no deterministic site, factor or minibatch."""
+    return (node["type"] == "sample" and node["is_observed"] and not is_deterministic(node)
+            and not site_is_subsample(node) and not site_is_factor(node)
+            and torch.is_tensor(node["value"]))
 
 
 @contextmanager
