@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: help demo test test-all lint bench clean
@@ -28,17 +29,18 @@ demo: $(VENV)/.test     ## Fit eight schools; table, verdict, picture and NetCDF
 	$(BIN)/python examples/eight_schools.py --out out
 
 test: $(VENV)/.test     ## Run the tests, less the slow ones
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: $(VENV)/.test ## Run every test
-	$(BIN)/python -m pytest -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(VENV)/.lint     ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench   ## Time the flows against Pyro, Zuko and normflows
+bench: $(VENV)/.bench   ## Time flows and inner loop against Pyro, Zuko, normflows and NumPyro
 	$(BIN)/python benchmarks/flows.py
+	$(BIN)/python benchmarks/inner_loop.py
 
 clean:           ## Remove the virtual environment and outputs
 	rm -rf $(VENV) out .pytest_cache .ruff_cache .mypy_cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp
     from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
-    from pyro_nfvi.inference import ELBO
+    from pyro_nfvi.inference import ELBO, CompiledTrace_ELBO
     from pyro_nfvi.nfvi import NFVI
     from pyro_nfvi.posterior import Posterior
 
@@ -25,6 +25,7 @@ __all__ = [
     "AutoPlanar",
     "AutoRadial",
     "AutoSpline",
+    "CompiledTrace_ELBO",
     "Posterior",
     "iaf",
     "maf",
@@ -35,7 +36,8 @@ __all__ = [
     "realnvp",
 ]
 
-_HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference"}
+_HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference",
+          "CompiledTrace_ELBO": "inference"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi.engine import TIERS
 from pyro_nfvi.flows import Flow, Triangular, nsf
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, History, LogJoint, Loop
@@ -46,6 +47,10 @@ class NFVI:
         dtype: Floating-point type of the fit; floating-point arguments are converted to it.
             Default: the model's own.
         device: Where to run; tensor arguments are moved there. Default: where they are.
+        compile: How the steps are computed: ``"auto"`` takes the fastest way that works, and
+            :attr:`Posterior.engine` says which; ``"eager"`` runs the model as it is, step by
+            step, for a debugger, say. The others are ``"c"`` (generated C code), ``"inductor"``,
+            ``"cuda_graph"`` and ``"fx"``.
         progress: Whether to show progress bars.
 
     Raises:
@@ -69,14 +74,14 @@ class NFVI:
                  objective: Callable | None = None, num_particles: int = 256,
                  num_steps: int = 1000, lr: float = 0.03, seed: int | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                 progress: bool = True) -> None:
+                 compile: str = "auto", progress: bool = True) -> None:
         self.model, self.guide = _checked_model(model), _checked_guide(guide)
         self.objective = ELBO() if objective is None else _checked_objective(objective)
         self.num_particles = check_positive_int("NFVI", "num_particles", num_particles)
         self.num_steps = check_positive_int("NFVI", "num_steps", num_steps)
         self.lr = check_positive_float("NFVI", "lr", lr)
         self.seed, self.dtype = _checked_seed(seed), _checked_dtype(dtype)
-        self.device = _checked_device(device)
+        self.device, self.compile = _checked_device(device), _checked_tier(compile)
         self.progress = progress
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
@@ -137,7 +142,7 @@ class NFVI:
         parameters = [p for p in trained.parameters() if p.requires_grad]
         parameters += log_joint.parameters(z).values()
         loop = Loop(parameters, estimates, log_joint.first_bad_site, num_steps, lr,
-                    self.progress, f"NFVI {name}")
+                    self.progress, f"NFVI {name}", self.compile)
         history = loop.run()
         if not history.elbo and not history.interrupted:
             raise ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
@@ -218,6 +223,14 @@ def _checked_seed(seed: Any) -> int | None:
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"NFVI expected `seed` to be an integer or None, got {seed!r}.")
     return seed
+
+
+def _checked_tier(compile: Any) -> str:
+    if compile not in ("auto", *TIERS):
+        raise ValueError(f"NFVI expected `compile` to be one of {('auto', *TIERS)}, got "
+                         f"{compile!r}.")
+    tier: str = compile
+    return tier
 
 
 def _checked_device(device: Any) -> torch.device | None:

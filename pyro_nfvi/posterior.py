@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_nfvi import storage
 from pyro_nfvi._shapes import check_positive_int
 from pyro_nfvi.diagnostics import Summary, plot_elbo, summarize, to_inference_data
+from pyro_nfvi.engine import Engine
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint, importance_sample
 
@@ -50,6 +51,11 @@ class Posterior:
     @property
     def _flow(self) -> Any:
         return self.guide._flow()
+
+    @property
+    def engine(self) -> Engine | None:
+        """How the last stage was computed: tier, why not a faster one, build time, step time."""
+        return self.history.engines[-1] if self.history.engines else None
 
     # ------------------------------------------------------------------ draws
 

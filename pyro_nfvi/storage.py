@@ -16,6 +16,7 @@ import torch
 
 from pyro_nfvi import flows, guides
 from pyro_nfvi._shapes import type_name
+from pyro_nfvi.engine import Engine
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import History, LogJoint
 from pyro_nfvi.inference.log_joint import default_dtype
@@ -70,7 +71,12 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
     z = guide._flow().rsample_and_log_prob((2,))[0].detach()
     log_joint.try_batched(z)
     _load_model_params(log_joint, content["model_params"], z[0])
-    return guide, log_joint, History(**content["history"])
+    return guide, log_joint, _history(content["history"])
+
+
+def _history(content: dict[str, Any]) -> History:
+    engines = [Engine(**engine) for engine in content.pop("engines", [])]
+    return History(**content, engines=engines)
 
 
 def _checked_content(path: str | PathLike) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pyro
 import pytest
 import torch
@@ -15,6 +17,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where flows and data of the test live."""
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_code(pytestconfig: pytest.Config) -> None:
+    """Keep compiled code between runs of the tests, beside pytest's own cache."""
+    folder = pytestconfig.rootpath / ".pytest_cache" / "compiled"
+    os.environ.setdefault("PYRO_NFVI_CACHE", str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -24,7 +25,7 @@ from pyro_nfvi import (
     Posterior,
     planar,
 )
-from pyro_nfvi.flows import Triangular
+from pyro_nfvi.flows import Mixture, Triangular
 
 Y = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
 
@@ -176,7 +177,7 @@ def test_an_objective_of_your_own_is_maximised():
     def objective(flow, log_joint, num_particles):
         calls.append(num_particles)
         return ELBO()(flow, log_joint, num_particles)
-    small(conjugate, objective=objective, num_steps=10, num_particles=8).run(Y)
+    small(conjugate, objective=objective, num_steps=10, num_particles=8, compile="eager").run(Y)
     assert calls == [8] * 7  # the affine stage has its own
 
 
@@ -228,7 +229,8 @@ def refuse(y):
 ], ids=["success", "error-at-start", "error-in-fit", "ctrl-c-at-start", "ctrl-c-in-fit"])
 def test_a_seeded_run_leaves_random_state_and_dtype_as_they_were(model, error):
     before = torch.get_rng_state()
-    run = small(model, seed=0, dtype=torch.float64).run
+    tier = "eager" if isinstance(model, Interrupting) else "auto"
+    run = small(model, seed=0, dtype=torch.float64, compile=tier).run
     if error is None:
         run(Y)
     else:
@@ -268,6 +270,36 @@ def test_arguments_that_are_no_tensors_pass_through():
     small(model, dtype=torch.float64, device="cpu").run(Y, "a", 3, None)
 
 
+# ------------------------------------------------------------------ how it is computed
+
+@pytest.mark.parametrize("tier", ["auto", "c", "fx", "eager"])
+def test_every_tier_finds_the_posterior_and_says_its_name(tier):
+    posterior = small(conjugate, num_steps=200, lr=0.05, seed=0, compile=tier).run(Y)
+    mean, deviation = posterior_of_conjugate(Y)
+    draws = posterior.resample(5000)["mu"]
+    assert abs(draws.mean() - mean) < 6 * deviation / posterior.ess ** 0.5
+    engines = posterior.history.engines
+    assert [engine.tier for engine in engines] == ["c" if tier == "auto" else tier] * 2
+    assert posterior.engine is engines[-1]
+    assert posterior.engine.reason == ""
+    assert posterior.engine.microseconds > 0
+
+
+def test_compiled_and_recorded_steps_are_those_of_the_same_seed():
+    one, other = (small(conjugate, seed=0, compile=tier, dtype=torch.float64).run(Y)
+                  for tier in ("c", "fx"))
+    assert one.history.elbo == pytest.approx(other.history.elbo, rel=1e-9)
+    torch.testing.assert_close(one.draws.z, other.draws.z, rtol=1e-7, atol=1e-7)
+
+
+def test_a_fit_that_cannot_be_compiled_works_and_says_why():
+    guide = AutoPlanar(conjugate, num_layers=1, base=partial(Mixture, num_components=2))
+    posterior = small(conjugate, guide).run(Y)
+    assert len(posterior.history.elbo) == 20
+    assert posterior.engine.tier == "eager"
+    assert "random numbers whose distribution depends on" in posterior.engine.reason
+
+
 # ------------------------------------------------------------------ bar, Ctrl-C, fallback
 
 def test_the_bar_goes_to_stderr_under_the_stages_names(capsys):
@@ -287,7 +319,7 @@ def test_without_progress_nothing_is_printed(capsys):
 def test_ctrl_c_returns_the_posterior_so_far_with_a_warning(at):
     model = Interrupting(at)
     with pytest.warns(UserWarning, match=r"NFVI was interrupted after \d+ steps"):
-        posterior = small(model, num_steps=40).run(Y)
+        posterior = small(model, num_steps=40, compile="eager").run(Y)
     assert posterior.history.interrupted
     assert 0 < len(posterior.history.elbo) < 40
     assert all(p.isfinite().all() for p in posterior.guide.parameters())
@@ -305,7 +337,7 @@ def test_a_model_that_cannot_be_batched_still_fits_and_warns_why():
 
 def test_warnings_point_at_the_caller():
     with pytest.warns(UserWarning, match="interrupted") as record:
-        small(Interrupting(12)).run(Y)
+        small(Interrupting(12), compile="eager").run(Y)
     assert record[0].filename == __file__
 
 
@@ -320,7 +352,7 @@ def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state
                 mu = mu * math.nan
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[0])
     with pytest.warns(UserWarning, match="NFVI: the log joint is not finite at step .*'y'"):
-        posterior = small(Model(), num_steps=60).run(Y)
+        posterior = small(Model(), num_steps=60, compile="eager").run(Y)
     assert posterior.history.stopped
     assert posterior.sample(5)["mu"].isfinite().all()
 
@@ -355,6 +387,10 @@ def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state
                            "'float64'"),
     ({"dtype": torch.int64}, "NFVI expected `dtype` .* got torch.int64"),
     ({"dtype": float}, "NFVI expected `dtype` .* got"),
+    ({"compile": "fast"}, r"NFVI expected `compile` to be one of \('auto', 'c', .*'eager'\), got "
+                          "'fast'"),
+    ({"compile": True}, "NFVI expected `compile` .* got True"),
+    ({"compile": None}, "NFVI expected `compile` .* got None"),
     ({"device": "gpu"}, "NFVI expected `device` to be a torch.device such as .* got 'gpu'"),
     ({"device": 1.5}, "NFVI expected `device` .* got 1.5"),
 ], ids=lambda value: None if isinstance(value, str) else

@@ -19,6 +19,7 @@ from torch.distributions import constraints
 
 from pyro_nfvi import NFVI, AutoFlow, AutoIAF, AutoPlanar, Posterior, nsf, planar, realnvp
 from pyro_nfvi.diagnostics import verdict
+from pyro_nfvi.engine import Engine
 from pyro_nfvi.flows import Compose, Diagonal, Mixture, Planar, StudentT, Triangular
 from pyro_nfvi.guides import AutoRadial
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint
@@ -324,6 +325,27 @@ def test_an_interrupted_history_comes_back(good, tmp_path):
                       "why", [("NFVI affine", 1), ("NFVI flow", 2)])
     assert round_trip(Posterior(good.guide, good.log_joint, history), tmp_path,
                       conjugate).history == history
+
+
+def test_the_engines_of_a_fit_come_back(good, tmp_path):
+    engine = Engine("fx", "c: an operation", 0.5, math.nan)
+    history = History([1.0], stages=[("NFVI flow", 1)], engines=[engine])
+    loaded = round_trip(Posterior(good.guide, good.log_joint, history), tmp_path, conjugate)
+    assert loaded.engine == engine
+    assert loaded.engine.build_seconds == 0.5
+    assert math.isnan(loaded.engine.microseconds)
+    assert round_trip(good, tmp_path, conjugate).engine == good.engine
+
+
+def test_a_file_of_an_earlier_version_has_no_engine(good, tmp_path):
+    path = tmp_path / "fit.pt"
+    good.save(path)
+    content = torch.load(path, weights_only=True)
+    del content["history"]["engines"]
+    torch.save(content, path)
+    loaded = Posterior.load(path, conjugate)
+    assert loaded.engine is None
+    assert loaded.history.elbo == good.history.elbo
 
 
 ARGUMENTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,17 @@ class Bijection(nn.Module, ABC):
         starts from ``u``; the others just invert.
         """
         return self._inverse(z, context)
+
+    @classmethod
+    def _forward_run(cls, layers: Sequence[Bijection], u: Tensor, context: Tensor | None
+                     ) -> tuple[Tensor, Tensor]:
+        """Forward pass through layers of this class in a row; some know a shorter way."""
+        log_det: Tensor | None = None
+        for layer in layers:
+            u, term = layer._forward(u, context if layer.context_dim else None)
+            log_det = term if log_det is None else log_det + term
+        assert log_det is not None
+        return u, log_det
 
     def _checked(self, argument: str, value: Tensor, context: Tensor | None
                  ) -> tuple[Tensor, Tensor | None]:

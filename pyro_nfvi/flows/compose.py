@@ -39,8 +39,8 @@ class Compose(Bijection):
 
     def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_det: Tensor | None = None
-        for layer in self.layers:
-            u, term = layer._forward(u, context if layer.context_dim else None)
+        for run in self._runs():
+            u, term = run[0]._forward_run(run, u, context)
             log_det = term if log_det is None else log_det + term
         assert log_det is not None
         return u, log_det
@@ -61,6 +61,16 @@ class Compose(Bijection):
             log_det = term if log_det is None else log_det + term
         assert log_det is not None
         return z, log_det
+
+    def _runs(self) -> list[list[Bijection]]:
+        """Neighbours of one class, which may know a shorter way through all of them."""
+        runs: list[list[Bijection]] = []
+        for layer in self.layers:
+            if runs and type(runs[-1][0]) is type(layer):
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        return runs
 
     @torch.no_grad()
     def _layer_inputs(self, u: Tensor, context: Tensor | None) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi.engine.record import is_recording
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.linear import matvec
 from pyro_nfvi.flows.nets import ContextParameter
@@ -80,12 +82,31 @@ class Planar(Bijection):
 
     def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The paper's w, constrained v, b, and the product of w with the constrained v."""
-        dim = self.input_dim
-        w, v, b = self.params(context).split([dim, dim, 1], -1)
+        return self._constrained(self.params(context))
+
+    @staticmethod
+    def _constrained(params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dim = params.shape[-1] // 2
+        w, v, b = params.split([dim, dim, 1], -1)
         raw = (w * v).sum(-1, keepdim=True)
         stretch = _above_minus_one(raw)
         norm = (w * w).sum(-1, keepdim=True) + torch.finfo(w.dtype).tiny
         return w, torch.addcmul(v, (stretch - raw) / norm, w), b.squeeze(-1), stretch.squeeze(-1)
+
+    @classmethod
+    def _forward_run(cls, layers: Sequence[Bijection], u: Tensor, context: Tensor | None
+                     ) -> tuple[Tensor, Tensor]:
+        r"""A whole chain by two products, as the heights :math:`t_k` depend on few numbers.
+
+        .. math:: t_k = \tanh(w_k^\top u + b_k + \textstyle\sum_{j<k} w_k^\top \hat v_j\, t_j),
+                  \qquad z = u + \textstyle\sum_k t_k \hat v_k
+        """
+        if len(layers) == 1 or any(layer.context_dim for layer in layers):
+            return super()._forward_run(layers, u, context)
+        params = torch.stack([layer.params() for layer in layers])
+        w, v, b, stretch = cls._constrained(params)
+        t = _heights(u @ w.mT + b, w @ v.mT)
+        return u + t @ v, torch.log1p(stretch * (1 - t * t)).sum(-1)
 
 
 class Radial(Bijection):
@@ -216,6 +237,22 @@ def _above_minus_one(x: Tensor) -> Tensor:
 def _dot(x: Tensor, w: Tensor) -> Tensor:
     """Inner products of ``x`` with one vector, or with one a batch element."""
     return x @ w if w.dim() == 1 else (x * w).sum(-1)
+
+
+def _heights(a: Tensor, g: Tensor) -> Tensor:
+    r"""Solve :math:`t_k = \tanh(a_k + \sum_{j<k} g_{kj} t_j)`, of shape ``(*batch, K)``."""
+    if is_recording():  # one operation of the graph
+        from pyro_nfvi.flows.fused import ridge_heights
+        return ridge_heights(a, g)
+    return plain_heights(a, g)
+
+
+def plain_heights(a: Tensor, g: Tensor) -> Tensor:
+    """The recurrence, one step a layer."""
+    t = [torch.tanh(a[..., 0])]
+    for k in range(1, a.shape[-1]):
+        t.append(torch.tanh(a[..., k] + torch.stack(t, -1) @ g[k, :k]))
+    return torch.stack(t, -1)
 
 
 def _ridge(target: Tensor, stretch: Tensor) -> Residual:

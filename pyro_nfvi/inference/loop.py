@@ -1,11 +1,10 @@
-"""The optimisation loop: particles, gradient, clip, Adam, and what to do when it breaks."""
+"""The optimisation loop: how many steps, at which rate, and what to do when it breaks."""
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-from collections import deque
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_nfvi.engine import Engine, Stepper
+from pyro_nfvi.engine.draws import Replay
+
 WARM_UP = 0.1  # fraction of the steps in which the rate rises
-CLIP_FACTOR = 10.0  # gradients longer than this many median lengths are shortened
-CLIP_WINDOW = 100
-SNAPSHOT_EVERY = 25
 MAX_ROLLBACKS = 10
+FIRST_CHUNK = 5  # steps, to learn what one takes
+CHUNK_SECONDS = 0.1  # between two looks at the outside: progress, Ctrl-C
+NUM_CHECKS = 4  # times that the compiled loop is compared with the model while it runs
 
 Estimates = Callable[[], tuple[Tensor, Tensor]]  # -> ELBO of each particle, latents
 
@@ -32,6 +34,7 @@ class History:
         interrupted: Whether Ctrl-C ended the fit.
         stopped: Why the fit ended early, or an empty string.
         stages: Name and number of steps of each stage.
+        engines: How each stage was computed.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -39,17 +42,21 @@ class History:
     interrupted: bool = False
     stopped: str = ""
     stages: list[tuple[str, int]] = field(default_factory=list)
+    engines: list[Engine] = field(default_factory=list)
 
     def __add__(self, later: History) -> History:
         """Two stages as one."""
         shifted = [(step + len(self.elbo), site) for step, site in later.rollbacks]
         return History(self.elbo + later.elbo, self.rollbacks + shifted,
                        self.interrupted or later.interrupted, self.stopped or later.stopped,
-                       self.stages + later.stages)
+                       self.stages + later.stages, self.engines + later.engines)
 
 
 class Loop:
     """Adam on an ELBO, with a one-cycle rate, clipped gradients and rollback.
+
+    The estimates are recorded and compiled (see :class:`~pyro_nfvi.engine.Stepper`), and many
+    steps run between two looks at the outside.
 
     Args:
         parameters: Tensors to optimise.
@@ -59,6 +66,8 @@ class Loop:
         lr: Largest learning rate.
         progress: Whether to show a progress bar.
         name: What to call this stage in the bar and the history.
+        compile: Which tier computes the steps: ``"auto"`` or one of
+            :data:`pyro_nfvi.engine.TIERS`.
 
     References:
         Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI, arXiv:2006.10343 (many
@@ -67,78 +76,112 @@ class Loop:
 
     def __init__(self, parameters: Sequence[nn.Parameter], estimates: Estimates,
                  blame: Callable[[Tensor], str], num_steps: int, lr: float,
-                 progress: bool = True, name: str = "NFVI") -> None:
+                 progress: bool = True, name: str = "fit", compile: str = "auto") -> None:
         self.parameters, self.estimates, self.blame = list(parameters), estimates, blame
-        self.num_steps, self.lr, self.progress = num_steps, lr, progress
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
-        self.norms: deque[float] = deque(maxlen=CLIP_WINDOW)
-        self.cut = 1.0  # shrinks the rate after a rollback
-        self.name, self.history = name, History()
+        self.num_steps, self.lr, self.progress, self.name = num_steps, lr, progress, name
+        self.compile = compile
+        self.history, self.cut = History(), 1.0
+        self.stepper: Stepper | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """How the steps are computed; known once the loop runs."""
+        assert self.stepper is not None
+        return self.stepper.engine
 
     def run(self) -> History:
-        """Run to the end, to Ctrl-C, or to the last of too many rollbacks."""
-        with tqdm(total=self.num_steps, disable=not self.progress, desc=self.name) as bar:
-            self._snapshot()
+        """Make the steps; Ctrl-C ends them early, with the parameters as they are."""
+        with tqdm(total=self.num_steps, desc=self.name, disable=not self.progress) as bar:
             try:
-                while len(self.history.elbo) < self.num_steps and not self.history.stopped:
-                    self._step()
-                    self._show(bar)
+                self.stepper = Stepper(self._loss, self.parameters, self.compile, self.num_steps)
+                self.history.elbo = self.stepper.elbo
+                self._optimise(self.stepper, bar)
             except KeyboardInterrupt:
                 self.history.interrupted = True
+            finally:
+                if self.stepper is not None:
+                    self.stepper.state.write_back()
+                    self.history.engines.append(self.stepper.engine)
         self.history.stages.append((self.name, len(self.history.elbo)))
         return self.history
 
-    def _step(self) -> None:
-        step = len(self.history.elbo)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.cut * self.lr * one_cycle(step, self.num_steps)
-        try:
-            elbo, latents = self.estimates()
-        except torch.linalg.LinAlgError as error:  # a model's Cholesky factor, say
-            self._roll_back(step, f"one that raised: {error}")
-            return
-        self.optimizer.zero_grad()
-        (-elbo.mean()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_norm())
-        if not (math.isfinite(value := elbo.detach().mean().item()) and norm.isfinite()):
-            self._roll_back(step, self._site(elbo.detach(), latents.detach()))
-            return
-        self.optimizer.step()
-        self.norms.append(min(norm.item(), self._max_norm()))
-        self.history.elbo.append(value)
-        if step % SNAPSHOT_EVERY == 0:
-            self._snapshot()
+    def _loss(self) -> list[Tensor]:
+        """The ELBO and the gradients of its negative."""
+        elbo, latents = self.estimates()
+        self.last = elbo.detach(), latents.detach()
+        mean = elbo.mean()
+        return [mean, *torch.autograd.grad(-mean, self.parameters, materialize_grads=True)]
 
-    def _max_norm(self) -> float:
-        return CLIP_FACTOR * statistics.median(self.norms) if self.norms else math.inf
+    def _optimise(self, stepper: Stepper, bar: tqdm) -> None:
+        elbo, checks = self.history.elbo, 0
+        trusted = self._trust(stepper)
+        while len(elbo) < self.num_steps and not self.history.stopped:
+            rates = [self.cut * self.lr * one_cycle(step, self.num_steps) for step in
+                     range(len(elbo), min(len(elbo) + self._chunk(stepper), self.num_steps))]
+            if stepper.run(rates) < len(rates):
+                self._roll_back(stepper)
+            if len(elbo) * NUM_CHECKS >= checks * self.num_steps:  # the last at the end
+                checks += 1
+                trusted = self._checked(stepper, trusted)
+            self._show(bar)
 
-    def _snapshot(self) -> None:
-        self.saved = ([p.detach().clone() for p in self.parameters],
-                      copy.deepcopy(self.optimizer.state_dict()))
+    def _chunk(self, stepper: Stepper) -> int:
+        """Number of steps until the next look at the outside."""
+        if not stepper.made:
+            return FIRST_CHUNK
+        return max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
 
-    def _site(self, elbo: Tensor, latents: Tensor) -> str:
-        bad = ~elbo.isfinite()
-        return self.blame(latents[bad][0]) if bad.any() else "the gradient"
+    def _trust(self, stepper: Stepper) -> tuple[Tensor, int, int]:
+        return stepper.state.live.clone(), stepper.state.step, len(self.history.elbo)
 
-    def _roll_back(self, step: int, site: str) -> None:
+    def _checked(self, stepper: Stepper, trusted: tuple[Tensor, int, int]
+                 ) -> tuple[Tensor, int, int]:
+        """Compare with the model; if it has changed, go back to where it had not."""
+        problem = stepper.agrees()
+        if not problem:
+            return self._trust(stepper)
+        live, step, count = trusted
+        warnings.warn(f"the model changed while the compiled loop ran ({problem}); going back to "
+                      f"step {count} and on without compilation.", stacklevel=2)
+        stepper.give_up(problem)
+        stepper.state.saved.copy_(live)
+        stepper.state.saved_step = step
+        stepper.state.roll_back()
+        del self.history.elbo[count:]
+        return self._trust(stepper)
+
+    def _roll_back(self, stepper: Stepper) -> None:
         """Back to the last snapshot, at half the rate."""
+        step = len(self.history.elbo)
+        site = self._site(stepper)
         self.history.rollbacks.append((step, site))
-        parameters, state = self.saved
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, parameters, strict=True):
-                parameter.copy_(value)
-        self.optimizer.load_state_dict(copy.deepcopy(state))
+        stepper.state.roll_back()
         self.cut /= 2
         if len(self.history.rollbacks) >= MAX_ROLLBACKS:
             self.history.stopped = (
                 f"the log joint is not finite at step {step}; first bad site {site}. Rolled back "
                 f"and halved the step size {MAX_ROLLBACKS} times; stopped with the last good state")
 
+    def _site(self, stepper: Stepper) -> str:
+        """Whom to blame for the step that failed, which is computed once more."""
+        stepper.state.write_back()
+        try:
+            if stepper.raised is not None:
+                raise stepper.raised
+            if stepper.failed is not None:
+                with Replay(stepper.failed):
+                    self._loss()
+        except torch.linalg.LinAlgError as error:
+            return f"one that raised: {error}".split("\n")[0]
+        elbo, latents = self.last
+        bad = ~elbo.isfinite()
+        return self.blame(latents[bad][0]) if bad.any() else "the gradient"
+
     def _show(self, bar: tqdm) -> None:
-        bar.update(len(self.history.elbo) - bar.n)
-        if self.history.elbo and len(self.history.elbo) % 20 == 0:
+        if self.history.elbo:
             bar.set_postfix_str(f"ELBO {statistics.fmean(self.history.elbo[-20:]):.3f}",
                                 refresh=False)
+        bar.update(len(self.history.elbo) - bar.n)
 
 
 def one_cycle(step: int, num_steps: int) -> float:

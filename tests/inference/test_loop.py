@@ -9,21 +9,17 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from pyro_nfvi import ELBO
+from pyro_nfvi.engine import Engine
+from pyro_nfvi.engine.adam import CLIP_FACTOR, SNAPSHOT_EVERY, AdamState
 from pyro_nfvi.flows import Flow, Gaussian, Triangular
 from pyro_nfvi.inference import History, Loop
-from pyro_nfvi.inference.loop import (
-    CLIP_FACTOR,
-    MAX_ROLLBACKS,
-    SNAPSHOT_EVERY,
-    WARM_UP,
-    one_cycle,
-)
+from pyro_nfvi.inference.loop import MAX_ROLLBACKS, WARM_UP, one_cycle
 
 DOUBLE = torch.float64
 
 
 class Problem:
-    """Minus a parabola, which misbehaves at the calls it is told to."""
+    """Minus a parabola, which misbehaves at the calls it is told to, and so runs as it is."""
 
     def __init__(self, bad_at=(), value=math.nan, stop_at=None):
         self.x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=DOUBLE))
@@ -46,7 +42,21 @@ class Problem:
         def blame(z):
             self.blamed.append(z)
             return "'scale' (value inf)"
-        return Loop([self.x], self, blame, num_steps, lr, progress=False, **kwargs)
+        return Loop([self.x], self, blame, num_steps, lr, progress=False, **{
+            "compile": "eager", **kwargs})
+
+
+@pytest.fixture
+def updates(monkeypatch):
+    """The updates of the state while the test runs: (gradient after clipping, rate)."""
+    made, update = [], AdamState.update
+
+    def spy(state, gradient, norm, rate):
+        before = state.live[1].clone()
+        update(state, gradient, norm, rate)
+        made.append((10 * (state.live[1] - 0.9 * before), rate))
+    monkeypatch.setattr(AdamState, "update", spy)
+    return made
 
 
 # ------------------------------------------------------------------ the rate
@@ -67,13 +77,51 @@ def test_the_rate_starts_low_and_ends_low():
     assert one_cycle(999, 1000) < 1e-5
 
 
-def test_the_optimiser_uses_the_rate():
-    loop = Problem().loop(num_steps=20, lr=0.5)
-    used = []
-    step = loop.optimizer.step
-    loop.optimizer.step = lambda: (used.append(loop.optimizer.param_groups[0]["lr"]), step())
-    loop.run()
-    assert used == [0.5 * one_cycle(k, 20) for k in range(20)]
+def test_the_optimiser_uses_the_rate(updates):
+    Problem().loop(num_steps=20, lr=0.5).run()
+    assert [rate for _, rate in updates] == [0.5 * one_cycle(k, 20) for k in range(20)]
+
+
+# ------------------------------------------------------------------ Adam
+
+def test_the_update_is_that_of_adam_with_clipped_gradients():
+    shapes = [(3, 2), (), (4,)]
+    ours = AdamState([torch.ones(shape, dtype=DOUBLE) for shape in shapes])
+    theirs = [torch.nn.Parameter(torch.ones(shape, dtype=DOUBLE)) for shape in shapes]
+    optimizer, num_cut = torch.optim.Adam(theirs), 0
+    for step in range(50):
+        size = 10.0 ** torch.randn((), dtype=DOUBLE)
+        for parameter in theirs:
+            parameter.grad = size * torch.randn_like(parameter)
+        gradient = torch.cat([p.grad.flatten() for p in theirs])
+        optimizer.param_groups[0]["lr"] = rate = 0.1 * one_cycle(step, 50)
+        limit, norm = ours.limit(), gradient.norm().item()
+        num_cut += norm > limit
+        ours.update(gradient, norm, rate)
+        torch.nn.utils.clip_grad_norm_(theirs, limit)
+        optimizer.step()
+        for view, parameter in zip(ours.views(), theirs, strict=True):
+            torch.testing.assert_close(view, parameter.detach(), rtol=1e-12, atol=1e-12)
+    assert 0 < num_cut < 25
+    assert ours.step == 50
+
+
+def test_the_state_is_written_back_where_it_came_from():
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(()))]
+    state = AdamState(parameters)
+    state.update(torch.arange(7.0), 1.0, 0.1)
+    assert all((p == 0).all() for p in parameters)
+    state.write_back()
+    assert all(torch.equal(p, view) for p, view in zip(parameters, state.views(), strict=True))
+    assert parameters[0][0, 1].item() == pytest.approx(-0.1)  # a first step is as long as the rate
+
+
+def test_snapshots_are_taken_every_so_often():
+    state, taken = AdamState([torch.zeros(2)]), []
+    for _ in range(3 * SNAPSHOT_EVERY):
+        state.update(torch.ones(2), 1.0, 0.1)
+        taken.append(state.saved_step)
+    assert sorted(set(taken)) == [1, 1 + SNAPSHOT_EVERY, 1 + 2 * SNAPSHOT_EVERY]
 
 
 # ------------------------------------------------------------------ an ordinary run
@@ -89,6 +137,15 @@ def test_a_run_maximises_and_records_every_step():
     assert (history.rollbacks, history.interrupted, history.stopped) == ([], False, "")
 
 
+def test_the_engine_of_a_stage_is_in_the_history():
+    loop = Problem().loop()
+    engine, = loop.run().engines
+    assert engine == loop.engine
+    assert (engine.tier, engine.reason) == ("eager", "")
+    assert engine.build_seconds > 0
+    assert engine.microseconds > 0
+
+
 def test_a_gaussian_posterior_is_recovered_in_mean_and_covariance():
     x = torch.linspace(-1, 1, 20, dtype=DOUBLE)
     design = torch.stack([torch.ones_like(x), x, x ** 2], -1)
@@ -100,8 +157,10 @@ def test_a_gaussian_posterior_is_recovered_in_mean_and_covariance():
     def log_joint(w):
         return -((y - w @ design.T) ** 2).sum(-1) / 0.5 - (w ** 2).sum(-1) / 2
     flow = Flow(Triangular(3).double(), Gaussian(3).double())
-    Loop(list(flow.parameters()), lambda: ELBO()(flow, log_joint, 64), str, 2000, 0.05,
-         progress=False).run()
+    loop = Loop(list(flow.parameters()), lambda: ELBO()(flow, log_joint, 64), str, 2000, 0.05,
+                progress=False)
+    loop.run()
+    assert loop.engine.tier == "c"
     mean, factor = flow.bijection.shift(None), flow.bijection._factor(None)[0]
     # The path gradient vanishes at the fit: closer than the standard errors of 10,000 draws.
     variance, covariance = posterior.variance, posterior.covariance_matrix
@@ -113,43 +172,35 @@ def test_a_gaussian_posterior_is_recovered_in_mean_and_covariance():
 
 # ------------------------------------------------------------------ clipping
 
-def test_one_long_gradient_is_cut_to_a_few_median_lengths():
+def test_one_long_gradient_is_cut_to_a_few_median_lengths(updates):
     problem = Problem()
-    loop = problem.loop(num_steps=100, lr=1e-6)
-    used = []
-    step = loop.optimizer.step
 
-    def spy():
-        used.append(problem.x.grad.norm().item())
-        problem.scale = 1e6 if len(used) == 10 else 1.0
-        step()
-    loop.optimizer.step = spy
-    loop.run()
-    ordinary = 2 * math.sqrt(5)
+    def estimates():
+        problem.scale = 1e6 if problem.calls == 10 else 1.0
+        return problem()
+    Loop([problem.x], estimates, str, 100, 1e-6, progress=False, compile="eager").run()
+    used, ordinary = [gradient.norm().item() for gradient, _ in updates], 2 * math.sqrt(5)
     assert used[10] == pytest.approx(CLIP_FACTOR * ordinary, rel=1e-3)
     assert used[9] == pytest.approx(ordinary, rel=1e-3)
     assert used[11] == pytest.approx(ordinary, rel=1e-3)
 
 
-def test_the_first_gradient_is_never_cut():
+def test_the_first_gradient_is_never_cut(updates):
     problem = Problem()
     problem.scale = 1e8
-    loop = problem.loop(num_steps=1)
-    loop.run()
-    assert problem.x.grad.norm() == pytest.approx(2e8 * math.sqrt(5))
+    problem.loop(num_steps=1).run()
+    (gradient, _), = updates
+    assert gradient.norm().item() == pytest.approx(2e8 * math.sqrt(5))
 
 
-def test_gradients_may_grow_step_by_step():
+def test_gradients_may_grow_step_by_step(updates):
     problem = Problem()
-    loop = problem.loop(num_steps=400, lr=1e-9)
-    step = loop.optimizer.step
 
-    def spy():
+    def estimates():
         problem.scale *= 1.1
-        step()
-    loop.optimizer.step = spy
-    loop.run()
-    assert problem.x.grad.norm() > 1e6
+        return problem()
+    Loop([problem.x], estimates, str, 400, 1e-9, progress=False, compile="eager").run()
+    assert updates[-1][0].norm() > 1e6
 
 
 # ------------------------------------------------------------------ rollback
@@ -174,14 +225,9 @@ def test_the_bad_particle_is_the_one_to_blame():
     assert not z.requires_grad
 
 
-def test_each_rollback_halves_the_step():
-    problem = Problem(bad_at=[5, 9])
-    loop = problem.loop(num_steps=20, lr=0.4)
-    used = []
-    step = loop.optimizer.step
-    loop.optimizer.step = lambda: (used.append(loop.optimizer.param_groups[0]["lr"]), step())
-    loop.run()
-    cuts = [rate / (0.4 * one_cycle(k, 20)) for k, rate in enumerate(used)]
+def test_each_rollback_halves_the_step(updates):
+    Problem(bad_at=[5, 9]).loop(num_steps=20, lr=0.4).run()
+    cuts = [rate / (0.4 * one_cycle(k, 20)) for k, (_, rate) in enumerate(updates)]
     assert cuts == pytest.approx([1.0] * 5 + [0.5] * 3 + [0.25] * 12)
 
 
@@ -193,13 +239,14 @@ def test_rollback_restores_the_state_of_the_optimiser():
 
     def spy(*args):
         roll_back(*args)
-        state = loop.optimizer.state[problem.x]
-        moments.append((state["step"].item(), state["exp_avg"].clone()))
+        moments.append((loop.stepper.state.step, *loop.stepper.state.live[1:].clone()))
     loop._roll_back = spy
     loop.run()
-    (step, exp_avg), = moments
+    (step, first, second), = moments
+    gradient = 2 * problem.seen[0]  # one step from zero
     assert step == 1
-    torch.testing.assert_close(exp_avg, 0.1 * 2 * problem.seen[0])  # one step from zero
+    torch.testing.assert_close(first, 0.1 * gradient)
+    torch.testing.assert_close(second, 0.001 * gradient ** 2)
 
 
 def test_too_many_rollbacks_stop_with_the_last_good_state():
@@ -210,7 +257,7 @@ def test_too_many_rollbacks_stop_with_the_last_good_state():
     assert torch.equal(problem.x.detach(), problem.seen[SNAPSHOT_EVERY + 1])
     for words in ("not finite at step 40", "'scale' (value inf)", "last good state"):
         assert words in history.stopped
-    assert history.stages == [("NFVI", 40)]
+    assert history.stages == [("fit", 40)]
 
 
 def test_a_gradient_that_is_not_finite_rolls_back_too():
@@ -222,9 +269,37 @@ def test_a_gradient_that_is_not_finite_rolls_back_too():
         inner = (x - x.detach()).abs() if len(calls) == 4 else x
         return -(inner.sqrt() if len(calls) == 4 else inner ** 2).sum() * torch.ones(3), x.expand(
             3, 2)
-    history = Loop([x], estimates, str, 6, 0.1, progress=False).run()
+    history = Loop([x], estimates, str, 6, 0.1, progress=False, compile="eager").run()
     assert history.rollbacks == [(3, "the gradient")]
     assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("compile", ["eager", "fx", "c"])
+def test_a_factorization_that_fails_rolls_back_and_says_so(compile):
+    x = torch.nn.Parameter(torch.zeros(2, dtype=DOUBLE))
+
+    def estimates():
+        z = x + torch.randn(8, 2, dtype=DOUBLE)
+        factor = torch.linalg.cholesky((2 + z).diag_embed())  # fails where z < -2
+        return -(z ** 2).sum(-1) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), z
+    loop = Loop([x], estimates, str, 40, 0.01, progress=False, compile=compile)
+    history = loop.run()
+    assert loop.engine.tier == compile
+    assert history.rollbacks
+    for _, site in history.rollbacks:
+        assert site.startswith("one that raised: linalg.cholesky")
+        assert "\n" not in site
+
+
+def test_one_that_fails_from_the_start_stops():
+    x = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def estimates():
+        torch.linalg.cholesky(-x.square().diag())
+        return x.sum().expand(3), x.expand(3, 2)
+    history = Loop([x], estimates, str, 5, 0.1, progress=False, compile="eager").run()
+    assert history.elbo == []
+    assert "one that raised: linalg.cholesky" in history.stopped
 
 
 # ------------------------------------------------------------------ Ctrl-C
@@ -235,7 +310,7 @@ def test_ctrl_c_returns_the_history_so_far_and_finite_parameters(step):
     history = problem.loop().run()
     assert history.interrupted
     assert len(history.elbo) == step
-    assert history.stages == [("NFVI", step)]
+    assert history.stages == [("fit", step)]
     assert torch.equal(problem.x.detach(), problem.seen[-1])
     assert problem.x.isfinite().all()
 
@@ -243,10 +318,11 @@ def test_ctrl_c_returns_the_history_so_far_and_finite_parameters(step):
 # ------------------------------------------------------------------ history, bar
 
 def test_histories_of_two_stages_add_up():
-    first = History([1.0, 2.0], [(1, "a")], stages=[("one", 2)])
-    second = History([3.0], [(0, "b")], True, "why", [("two", 1)])
+    engines = [Engine("c", "", 1.0, 2.0), Engine("fx", "because", 1.0, 2.0)]
+    first = History([1.0, 2.0], [(1, "a")], stages=[("one", 2)], engines=engines[:1])
+    second = History([3.0], [(0, "b")], True, "why", [("two", 1)], engines[1:])
     assert first + second == History([1.0, 2.0, 3.0], [(1, "a"), (2, "b")], True, "why",
-                                     [("one", 2), ("two", 1)])
+                                     [("one", 2), ("two", 1)], engines)
     assert first.elbo == [1.0, 2.0]
 
 

@@ -1,0 +1,90 @@
+"""Adam with clipped gradients on one flat vector of parameters."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CLIP_FACTOR = 10.0  # gradients longer than this many median lengths are shortened
+CLIP_WINDOW = 100  # steps of the median
+SNAPSHOT_EVERY = 25  # steps
+
+
+class AdamState:
+    r"""Parameters and moments, flat, with the last snapshot of them.
+
+    .. math:: m \leftarrow m + 0.1 (g - m), \quad v \leftarrow 0.999 v + 0.001 g^2, \quad
+              \theta \leftarrow \theta - \frac{\eta}{1 - 0.9^t} \Big/
+              \Big(\sqrt{\tfrac{v}{1 - 0.999^t}} + 10^{-8}\Big)\, m
+
+    The gradient :math:`g` is first cut to ``CLIP_FACTOR`` times the median length of the last
+    ``CLIP_WINDOW``.
+
+    Args:
+        parameters: Tensors to optimise; ``write_back`` puts the result there.
+
+    Attributes:
+        live: ``(3, size)``: parameters and both moments.
+        step: Number of steps made.
+        saved: The same at the last snapshot.
+        saved_step: Number of steps made then.
+        norms: Lengths of the last gradients, after clipping.
+
+    References:
+        Kingma & Ba (2015), Adam, arXiv:1412.6980, algorithm 1.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        flat = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        self.live = torch.stack([flat, torch.zeros_like(flat), torch.zeros_like(flat)])
+        self.saved = self.live.clone()
+        self.step = self.saved_step = 0
+        self.norms: deque[float] = deque(maxlen=CLIP_WINDOW)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return self.live.shape[1]
+
+    def views(self) -> list[Tensor]:
+        """The flat parameters in the shapes and types of the originals."""
+        parts = self.live[0].split([p.numel() for p in self.parameters])
+        return [part.view(p.shape).to(p.dtype)
+                for part, p in zip(parts, self.parameters, strict=True)]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Copy the flat parameters to the originals."""
+        for parameter, value in zip(self.parameters, self.views(), strict=True):
+            parameter.copy_(value)
+
+    def roll_back(self) -> None:
+        """Return to the last snapshot."""
+        self.live.copy_(self.saved)
+        self.step = self.saved_step
+        self.write_back()
+
+    def limit(self) -> float:
+        """The longest gradient that is not cut."""
+        return CLIP_FACTOR * statistics.median(self.norms) if self.norms else math.inf
+
+    def update(self, gradient: Tensor, norm: float, rate: float) -> None:
+        """One step along a flat gradient of this length."""
+        theta, m, v = self.live
+        limit = self.limit()
+        gradient = gradient * min(limit / (norm + 1e-6), 1.0)
+        self.step += 1
+        m.lerp_(gradient, 0.1)
+        v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        root = (v.sqrt() / math.sqrt(1 - 0.999 ** self.step)).add_(1e-8)
+        theta.addcdiv_(m, root, value=-rate / (1 - 0.9 ** self.step))
+        self.norms.append(min(norm, limit))
+        if (self.step - 1) % SNAPSHOT_EVERY == 0:
+            self.saved.copy_(self.live)
+            self.saved_step = self.step

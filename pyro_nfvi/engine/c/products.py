@@ -1,0 +1,167 @@
+"""Matrix products and factorizations: which kernel, and in which order its result lies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, Expr, Number, Unsupported, View
+
+if TYPE_CHECKING:
+    from pyro_nfvi.engine.c.lower import Lowering, Value
+
+NARROW = 8  # products with fewer columns than this are loop nests
+
+
+def mm(lowering: Lowering, node: fx.Node, a: Value, b: Value) -> Value:
+    """``a @ b`` of two matrices."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    if 0 in (rows, inner, columns):
+        return Number((rows, columns), node.meta["dtype"], value=0)
+    if not node.meta["dtype"].is_floating_point:
+        raise Unsupported("a product of integers")
+    if inner == 1:
+        return lowering.apply("{{0}} * {{1}}", [a, b], node.meta["dtype"], node)
+    left, right = lowering.view(a), lowering.view(b)
+    if columns == 1 and not _runs(left, 0):
+        return _row_sums(lowering, node, left, right, 1)
+    if rows == 1 and not _runs(right, 1):
+        return _row_sums(lowering, node, left, right, 0)
+    return _gemm(lowering, node, left, right, lowering.wanted.get(node))
+
+
+def _row_sums(lowering: Lowering, node: fx.Node, a: View, b: View, dim: int) -> View:
+    """Matrix times column (``dim`` 1) or row times matrix (0): multiply, then add up."""
+    flipped = a if dim == 0 else b
+    turned = View(flipped.buffer, flipped.shape[::-1], flipped.strides[::-1], flipped.offset)
+    matrix = b if dim == 0 else a
+    product = lowering.broadcast("{0} * {1}", [lowering.expr(turned), lowering.expr(matrix)],
+                                 node.meta["dtype"], matrix.shape)
+    return lowering.schedule.reduce("sum", product, (dim,))
+
+
+def _runs(view: View, dim: int) -> bool:
+    """Whether elements along a dimension lie side by side, enough for vectors."""
+    return view.strides[dim] == 1 and view.shape[dim] >= NARROW
+
+
+def _gemm(lowering: Lowering, node: fx.Node, a: View, b: View, target: View | None) -> View:
+    """The kernel wants the columns of ``b``, or the rows of ``a``, side by side in memory."""
+    by_column = b.strides[1] == 1 or b.shape[1] == 1
+    by_row = a.strides[0] == 1 or a.shape[0] == 1
+    if by_column and by_row:  # the side that is a batch of particles stays innermost
+        batches = [lowering.is_random(arg) for arg in node.args[-2:]]
+        by_column = b.shape[1] >= a.shape[0] if batches[0] == batches[1] else batches[1]
+    elif not by_column and not by_row:
+        by_column = b.shape[1] >= NARROW or b.shape[1] >= a.shape[0]
+        a, b = (a, _copy(lowering, b, 1)) if by_column else (_copy(lowering, a, 0), b)
+    shape = (a.shape[0], b.shape[1])
+    strides = (shape[1], 1) if by_column else (1, shape[0])
+    fits = target is not None and target.strides[1 if by_column else 0] == 1
+    out = target if fits else lowering.empty(shape, a.dtype, strides)
+    assert out is not None
+    text = _call(a, b, out) if by_column else _call(_turned(b), _turned(a), _turned(out))
+    lowering.schedule.kernel(text, [a, b], [out])
+    return out
+
+
+def _copy(lowering: Lowering, view: View, inner: int) -> View:
+    """A copy of a matrix whose elements along a dimension lie side by side."""
+    out = lowering.empty(view.shape, view.dtype, (1, 0) if inner == 1 else (0, 1))
+    heads = "".join(f"for (int i{d} = 0; i{d} < {view.shape[d]}; i{d}++) "
+                    for d in (1 - inner, inner))
+    index = ("i0", "i1")
+    lowering.schedule.kernel(f"{heads}{out.at(index)} = {view.at(index)};", [view], [out])
+    return out
+
+
+def _call(a: View, b: View, out: View) -> str:
+    (rows, inner), columns = a.shape, b.shape[1]
+    return (f"gemm_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, {_pointer(a)}, {a.strides[0]}, "
+            f"{a.strides[1]}, {_pointer(b)}, {b.strides[0]}, {_pointer(out)}, {out.strides[0]});")
+
+
+def _pointer(view: View) -> str:
+    return f"{view.buffer.name} + {view.offset}" if view.offset else view.buffer.name
+
+
+def _turned(view: View) -> View:
+    return View(view.buffer, view.shape[::-1], view.strides[::-1], view.offset)
+
+
+def bmm(lowering: Lowering, node: fx.Node, a: Value, b: Value) -> Value:
+    """``a @ b`` of two batches of matrices: multiply, then add up."""
+    batch, rows, inner = a.shape
+    columns, dtype = b.shape[2], node.meta["dtype"]
+    if 0 in (batch, rows, inner, columns):
+        return Number((batch, rows, columns), dtype, value=0)
+    if inner == 1:
+        return lowering.apply("{{0}} * {{1}}", [a, b], dtype, node)
+    left, right = lowering.unsqueezed(a, 3), lowering.unsqueezed(b, 1)
+    shape = (batch, rows, inner, columns)
+    product = lowering.broadcast("{0} * {1}", [lowering.expr(left), lowering.expr(right)], dtype,
+                                 shape)
+    total = lowering.schedule.reduce("sum", product, (2,))
+    return total.like(total.meta().squeeze(2))
+
+
+def mv(lowering: Lowering, node: fx.Node, a: Value, x: Value) -> Value:
+    """``a @ x`` of a matrix and a vector."""
+    column = lowering.unsqueezed(x, 1)
+    matrix = lowering.view(a)
+    if _runs(matrix, 0) and not (_runs(matrix, 1) and matrix.shape[1] > 1):
+        result = _gemm(lowering, node, matrix, column, None)
+    else:
+        result = _row_sums(lowering, node, matrix, column, 1)
+    return result.like(result.meta().squeeze(1))
+
+
+def dot(lowering: Lowering, node: fx.Node, x: Value, y: Value) -> Value:
+    """Inner product of two vectors."""
+    product: Expr = lowering.broadcast("{0} * {1}", [lowering.expr(x), lowering.expr(y)],
+                                       node.meta["dtype"], tuple(x.shape))
+    total = lowering.schedule.reduce("sum", product, (0,))
+    return total.like(total.meta().squeeze(0))
+
+
+def cholesky(source: View, out: View) -> str:
+    """Lower Cholesky factors of a batch of matrices; nan where there is none."""
+    size, kind = source.shape[-1], C_TYPES[source.dtype]
+    batch, index = _batch_loops(source.shape[:-2])
+
+    def of(view: View, i: str, j: str) -> str:
+        return view.at((*index, i, j))
+    return (
+        f"{batch} for (int j = 0; j < {size}; j++) {{\n"
+        f"{kind} d = {of(source, 'j', 'j')};\n"
+        f"for (int k = 0; k < j; k++) d -= {of(out, 'j', 'k')} * {of(out, 'j', 'k')};\n"
+        f"d = sqrt_{SUFFIXES[source.dtype]}(d); {of(out, 'j', 'j')} = d;\n"
+        f"for (int i = 0; i < j; i++) {of(out, 'i', 'j')} = 0;\n"
+        f"for (int i = j + 1; i < {size}; i++) {{ {kind} s = {of(source, 'i', 'j')};\n"
+        f"for (int k = 0; k < j; k++) s -= {of(out, 'i', 'k')} * {of(out, 'j', 'k')};\n"
+        f"{of(out, 'i', 'j')} = s / d; }} }}")
+
+
+def solve_triangular(a: View, b: View, out: View, upper: bool, unit: bool) -> str:
+    """Solutions of ``a @ out = b`` for a batch of triangular matrices."""
+    size, columns, kind = a.shape[-1], b.shape[-1], C_TYPES[a.dtype]
+    batch, index = _batch_loops(a.shape[:-2])
+
+    def of(view: View, i: str, j: str) -> str:
+        return view.at((*index, i, j))
+    rows = f"for (int i = {size - 1}; i >= 0; i--)" if upper else \
+        f"for (int i = 0; i < {size}; i++)"
+    known = f"for (int k = i + 1; k < {size}; k++)" if upper else "for (int k = 0; k < i; k++)"
+    divide = "" if unit else f" / {of(a, 'i', 'i')}"
+    return (f"{batch} {rows} for (int j = 0; j < {columns}; j++) {{\n"
+            f"{kind} s = {of(b, 'i', 'j')};\n"
+            f"{known} s -= {of(a, 'i', 'k')} * {of(out, 'k', 'j')};\n"
+            f"{of(out, 'i', 'j')} = s{divide}; }}")
+
+
+def _batch_loops(shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
+    names = tuple(f"n{d}" for d in range(len(shape)))
+    heads = "".join(f"for (int {n} = 0; {n} < {size}; {n}++) "
+                    for n, size in zip(names, shape, strict=True))
+    return heads, names

@@ -1,0 +1,128 @@
+"""Optimisation steps on a compiled function."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_nfvi.engine.adam import AdamState
+from pyro_nfvi.engine.c.program import CProgram
+from pyro_nfvi.engine.compiled import Compiled, Engine
+from pyro_nfvi.engine.programs import CudaGraphProgram
+
+BLOCK_BYTES = 2 ** 20  # random numbers drawn at once
+
+
+class Stepper(Compiled):
+    """Adam steps on a function that returns an ELBO and the gradient of its negative.
+
+    Args:
+        function: Returns the ELBO and the gradients, one a parameter.
+        parameters: Tensors to optimise, which the function uses.
+        tier: One of :data:`TIERS`, or ``"auto"``.
+        num_steps: Number of steps planned, which decides how much compilation pays.
+
+    Attributes:
+        state: Parameters and moments.
+        elbo: The ELBO of each step made.
+        failed: Draws of a step that was not finite; None if the function made them itself.
+        raised: What it raised, if it did.
+    """
+
+    def __init__(self, function: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor],
+                 tier: str = "auto", num_steps: int = 1000) -> None:
+        self.state = AdamState(parameters)
+        self.seconds, self.made = 0.0, 0
+        self.failed: list[Tensor] | None = None
+        self.raised: torch.linalg.LinAlgError | None = None
+        self.elbo: list[float] = []
+        self.block: list[Tensor] = []  # noise, of which so many steps are used
+        self.used = 0
+        super().__init__(function, parameters, tier, num_steps, trains=True)
+
+    @property
+    def engine(self) -> Engine:
+        """Tier, reason and times so far."""
+        each = 1e6 * self.seconds / self.made if self.made else math.nan
+        return Engine(self.tier, self.reason, self.build_seconds, each)
+
+    @property
+    def draw_bytes(self) -> int:
+        """Memory of the random numbers of one step."""
+        return sum(d.num_bytes for d in self.recording.draws) if self.recording else 0
+
+    def run(self, rates: Sequence[float]) -> int:
+        """Make one step at each rate; stop before one that is not finite.
+
+        Whatever ends the run, ``elbo`` and ``state`` hold the steps that were made.
+
+        Returns:
+            The number of steps made.
+        """
+        start, before = time.perf_counter(), len(self.elbo)
+        self.failed = self.raised = None
+        try:
+            for part, draws in self._parts(rates):
+                if not self._make(part, draws):
+                    break
+        finally:
+            made = len(self.elbo) - before
+            self.seconds += time.perf_counter() - start
+            self.made += made
+        return made
+
+    def inputs(self) -> list[Tensor]:
+        """The present parameters."""
+        return [view.clone() for view in self.state.views()]
+
+    def _parts(self, rates: Sequence[float]
+               ) -> Iterator[tuple[Sequence[float], list[Tensor] | None]]:
+        """Pieces of the rates and their noise.
+
+        Noise is drawn in blocks of a set size: pieces depend on the clock, results may not.
+        """
+        if self.recording is None:
+            yield rates, None
+            return
+        size = max(1, min(self.num_calls, BLOCK_BYTES // max(self.draw_bytes, 1)))
+        while rates:
+            if self.used in (0, size):
+                self.block, self.used = self.draws(size), 0
+            first, count = self.used, min(size - self.used, len(rates))
+            yield rates[:count], [draw[first:first + count] for draw in self.block]
+            rates = rates[count:]
+
+    def _make(self, rates: Sequence[float], draws: list[Tensor] | None) -> bool:
+        """Make the steps of one piece; whether all of them were finite."""
+        before = len(self.elbo)
+        if isinstance(self.program, CProgram | CudaGraphProgram):
+            assert draws is not None
+            self.program.steps(self.state, rates, draws, self.elbo)
+        else:
+            self._steps(rates, draws)
+        made = len(self.elbo) - before
+        finite = made == len(rates)
+        if draws is not None:
+            self.used += made + (not finite)
+            self.failed = None if finite else [draw[made] for draw in draws]
+        return finite
+
+    def _steps(self, rates: Sequence[float], draws: Sequence[Tensor] | None) -> None:
+        state = self.state
+        for i, rate in enumerate(rates):
+            given = None if draws is None else [draw[i] for draw in draws]
+            try:
+                elbo, *gradients = self.program(state.views(), given)  # type: ignore[arg-type]
+            except torch.linalg.LinAlgError as error:  # a model's Cholesky factor, say
+                self.raised = error
+                return
+            gradient = torch.cat([g.reshape(-1) for g in gradients])
+            value, norm = elbo.item(), torch.linalg.vector_norm(gradient).item()
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                return
+            state.update(gradient, norm, rate)
+            self.elbo.append(value)
