@@ -75,16 +75,16 @@ class AdamState:
         return CLIP_FACTOR * statistics.median(self.norms) if self.norms else math.inf
 
     def update(self, gradient: Tensor, norm: float, rate: float) -> None:
-        """One step along a flat gradient of this length."""
+        """One step along a flat gradient of this length; it counts once it is whole."""
         theta, m, v = self.live
-        limit = self.limit()
+        limit, step = self.limit(), self.step + 1
         gradient = gradient * min(limit / (norm + 1e-6), 1.0)
-        self.step += 1
         m.lerp_(gradient, 0.1)
         v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        root = (v.sqrt() / math.sqrt(1 - 0.999 ** self.step)).add_(1e-8)
-        theta.addcdiv_(m, root, value=-rate / (1 - 0.9 ** self.step))
+        root = (v.sqrt() / math.sqrt(1 - 0.999 ** step)).add_(1e-8)
+        theta.addcdiv_(m, root, value=-rate / (1 - 0.9 ** step))
         self.norms.append(min(norm, limit))
-        if (self.step - 1) % SNAPSHOT_EVERY == 0:
+        if (step - 1) % SNAPSHOT_EVERY == 0:
             self.saved.copy_(self.live)
-            self.saved_step = self.step
+            self.saved_step = step
+        self.step = step

@@ -426,21 +426,21 @@ def interrupt_after(fitted, num_steps, sent):
     return thread
 
 
-@pytest.mark.parametrize("repeat", range(3))
-def test_ctrl_c_ends_compiled_steps_within_a_second_and_loses_none(repeat):
+@pytest.mark.parametrize("tier", ["c", "fx", "eager"])
+@pytest.mark.parametrize("num_steps", [1, 10, 100])
+def test_ctrl_c_ends_the_steps_within_a_second_and_loses_none(tier, num_steps):
     bowl, sent = Bowl(), []
-    fitted = bowl.loop(10 ** 8, compile="c")
-    thread = interrupt_after(fitted, 1 + 1000 * repeat, sent)
+    fitted = bowl.loop(10 ** 8, compile=tier)
+    thread = interrupt_after(fitted, num_steps, sent)
     history = fitted.run()
     assert time.monotonic() - sent[0] < 1
     thread.join()
     state = fitted.stepper.state
     assert history.interrupted
-    assert len(history.elbo) == state.step == fitted.stepper.made > 1000 * repeat
+    assert len(history.elbo) == state.step == fitted.stepper.made >= num_steps
     assert history.stages == [("fit", state.step)]
     assert torch.equal(bowl.x.detach(), state.live[0])
     assert state.live.isfinite().all()
-    assert len(state.norms) == min(state.step, state.norms.maxlen)
 
 
 def test_ctrl_c_during_a_fit_gives_the_posterior_so_far(monkeypatch):

@@ -26,21 +26,6 @@ static REAL norms_limit(const Norms* w) {
   return (REAL)CLIP_FACTOR * median;
 }
 
-/* 1 / (sqrt(y) + eps). In single precision by Newton's method from a guess made of the bits, to
-   rounding: vector units take several times longer for a root and a quotient. */
-static inline float inverse_root_f32(float y, float eps) {
-  uint32_t b; __builtin_memcpy(&b, &y, sizeof b); b = 0x5f375a86u - (b >> 1);
-  float r; __builtin_memcpy(&r, &b, sizeof r);
-  r = r * (1.5f - (0.5f * y * r) * r); r = r * (1.5f - (0.5f * y * r) * r);
-  r = r * (1.5f - (0.5f * y * r) * r);
-  const float s = y * r + eps;
-  __builtin_memcpy(&b, &s, sizeof b); b = 0x7ef311c7u - b;
-  float q; __builtin_memcpy(&q, &b, sizeof q);
-  q = q * (2 - s * q); q = q * (2 - s * q); q = q * (2 - s * q);
-  return q;
-}
-static inline double inverse_root_f64(double y, double eps) { return 1 / (sqrt(y) + eps); }
-
 /* Up to `count` steps; fewer if the ELBO or its gradient is not finite, and then the state is the
    one before that step. `state` holds parameters and both moments, `saved` the same as of the last
    snapshot. `done` counts all steps. */
@@ -70,14 +55,14 @@ void steps(int64_t count, int64_t* done, REAL* state, REAL* saved, int64_t* save
     *done += 1;
     const double t = (double)*done;
     const REAL size = (REAL)(rates[step] / (1 - pow(0.9, t)));
-    const REAL grown = (REAL)(1 / (1 - pow(0.999, t)));
+    const REAL root = (REAL)(1 / sqrt(1 - pow(0.999, t)));
     #pragma GCC ivdep
     for (int64_t i = 0; i < STATE_SIZE; i++) {
       const REAL g = gradient[i] * scale;
       const REAL m_i = m[i] + (REAL)0.1 * (g - m[i]);
       const REAL v_i = (REAL)0.999 * v[i] + (REAL)0.001 * g * g;
       m[i] = m_i; v[i] = v_i;
-      theta[i] -= size * m_i * inverse_root_SUF(v_i * grown, (REAL)1e-8);
+      theta[i] -= size * m_i / (sqrt_SUF(v_i) * root + (REAL)1e-8);
     }
     elbo[step] = value;
     norms[step] = norm < limit ? norm : limit;
