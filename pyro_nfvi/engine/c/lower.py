@@ -112,8 +112,11 @@ class Lowering:
             self.values[node] = Number(tuple(value.shape), value.dtype,
                                        value=value.flatten()[0].item())
             return
+        shape, strides = tuple(value.shape), tuple(value.stride())
+        if value.dim() > 1 and len(value) > 1 and bool((value == value[:1]).all()):
+            value, strides = value[0].contiguous(), (0, *strides[1:])  # copies of one: keep one
         buffer = Buffer(f"c{len(self.constants)}", value.dtype, value.numel(), scratch=False)
-        view = View(buffer, tuple(value.shape), tuple(value.stride()))
+        view = View(buffer, shape, strides)
         self.constants.append((view, value))
         self.values[node] = view
 

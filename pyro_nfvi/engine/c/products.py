@@ -98,12 +98,25 @@ def bmm(lowering: Lowering, node: fx.Node, a: Value, b: Value) -> Value:
         return Number((batch, rows, columns), dtype, value=0)
     if inner == 1:
         return lowering.apply("{{0}} * {{1}}", [a, b], dtype, node)
-    left, right = lowering.unsqueezed(a, 3), lowering.unsqueezed(b, 1)
+    left, right = lowering.view(a), lowering.view(b)
+    if rows == 1 and right.strides[0] == 0:  # one matrix for the whole batch: no batch at all
+        result = mm(lowering, node, _without(left, 1), _without(right, 0))
+        return lowering.unsqueezed(result, 1)
+    if columns == 1 and left.strides[0] == 0:
+        turned = _turned(_without(left, 0))
+        return lowering.unsqueezed(mm(lowering, node, _without(right, 2), turned), 2)
+    left, right = lowering.unsqueezed(left, 3), lowering.unsqueezed(right, 1)
     shape = (batch, rows, inner, columns)
     product = lowering.broadcast("{0} * {1}", [lowering.expr(left), lowering.expr(right)], dtype,
                                  shape)
     total = lowering.schedule.reduce("sum", product, (2,))
     return total.like(total.meta().squeeze(2))
+
+
+def _without(view: View, dim: int) -> View:
+    """A view at the start of a dimension, which goes."""
+    return View(view.buffer, view.shape[:dim] + view.shape[dim + 1:],
+                view.strides[:dim] + view.strides[dim + 1:], view.offset)
 
 
 def mv(lowering: Lowering, node: fx.Node, a: Value, x: Value) -> Value:
