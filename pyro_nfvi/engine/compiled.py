@@ -22,8 +22,8 @@ from pyro_nfvi.engine.programs import (
 from pyro_nfvi.engine.record import NotRecordable, Recording, record
 
 log = logging.getLogger("pyro_nfvi")
-HIDDEN_STATE = ("run again on other noise, the model differs from its recording: it depends on "
-                "Python state that changes, on random numbers that are not torch's, or on numbers "
+HIDDEN_STATE = ("run again, the model differs from its recording: it depends on Python state "
+                "that changes, on random numbers that are not torch's, or on numbers "
                 "read by .tolist() or .numpy()")
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
@@ -117,6 +117,9 @@ class Compiled:
 
     def _choose(self, tier: str, recording: Recording) -> None:
         """Take the first candidate that builds and agrees with Python."""
+        if tier != "eager" and not self._repeats():
+            self.reason, self.recording = HIDDEN_STATE, None
+            return
         for name in self._candidates(tier):
             try:
                 self.tier, self.program = name, self._build(name, recording)
@@ -129,6 +132,16 @@ class Compiled:
             self.reason = HIDDEN_STATE if differs and name == "fx" else \
                 f"{self.reason}{'; ' if self.reason else ''}{name}: {problem}"
         self.tier, self.program, self.recording = "eager", self.python, None
+
+    def _repeats(self) -> bool:
+        """Whether Python gives the same again on the same noise: slow changes show at once."""
+        inputs, draws = self._example()
+        try:
+            first, again = (self.python(inputs, draws)[0].item() for _ in range(2))
+        except torch.linalg.LinAlgError:
+            return True
+        close = 8 * torch.finfo(self.python.live[0].dtype).eps
+        return not math.isfinite(first) or abs(first - again) <= close * abs(first)
 
     def _candidates(self, tier: str) -> Iterator[str]:
         if tier != "auto":

@@ -84,6 +84,9 @@ class Replay(TorchDispatchMode):
         value = next(self._draws, None)
         if value is None:
             raise RuntimeError("the function draws more random numbers than when it was recorded")
+        if fills(op) and args[0].shape != value.shape:
+            raise RuntimeError(f"the function draws numbers of shape {tuple(args[0].shape)} where "
+                               f"it drew {tuple(value.shape)} when it was recorded")
         return args[0].copy_(value) if fills(op) else _row_major(value)
 
 

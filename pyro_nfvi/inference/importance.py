@@ -83,12 +83,22 @@ def importance_sample(flow: Flow, log_joint: Callable[[Tensor], Tensor], num_sam
     Draws whose log joint is not finite get weight zero; if none is finite, k-hat is infinite.
     """
     z, log_q = flow.rsample_and_log_prob((num_samples,))
-    log_p = torch.cat([log_joint(part) for part in z.split(CHUNK)])
+    log_p = torch.cat([_scored(log_joint, part) for part in z.split(CHUNK)])
     ratios = (log_p - log_q).double().cpu()
     ratios = ratios.where(ratios.isfinite(), torch.tensor(-np.inf, dtype=ratios.dtype))
     log_weights, pareto_k = _smooth(ratios.numpy())
     return ImportanceSample(z.cpu(), log_p.double().cpu(), log_q.double().cpu(),
                             torch.from_numpy(log_weights), pareto_k)
+
+
+def _scored(log_joint: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Log joint of draws; a draw at which a matrix has no factor gets nan, not the others."""
+    try:
+        return log_joint(z)
+    except torch.linalg.LinAlgError:
+        if len(z) == 1:
+            return z.new_full((1,), torch.nan)
+        return torch.cat([_scored(log_joint, half) for half in z.tensor_split(2)])
 
 
 def _smooth(ratios: np.ndarray) -> tuple[np.ndarray, float]:

@@ -266,6 +266,21 @@ def test_a_function_that_draws_more_than_before_is_found_out():
             torch.randn(2)
 
 
+def test_a_function_that_draws_another_shape_is_found_out():
+    with Replay([torch.zeros(2)]), pytest.raises(RuntimeError, match="of shape .3,. where"):
+        torch.empty(3).normal_()
+
+
+def test_a_model_that_changes_a_little_with_every_call_runs_as_it_is():
+    calls = []
+
+    def annealed(mu, y):
+        calls.append(1)
+        return mu * min(1.0, 0.5 + len(calls) / 1e4)
+    engine = eager_engine(annealed)
+    assert (engine.tier, engine.reason) == ("eager", compiled.HIDDEN_STATE)
+
+
 # ------------------------------------------------------------------ models that change meanwhile
 
 @pytest.mark.parametrize(("change_at", "back_to"), [(30, 5), (130, 100), (195, 150)])

@@ -71,6 +71,16 @@ def test_weights_recover_another_distribution():
     assert abs(mean - 0.5) < 4 * ((weights * (z - mean)) ** 2).sum().sqrt()
 
 
+def test_a_draw_at_which_a_matrix_has_no_factor_costs_no_other():
+    def log_joint(z):
+        return normal(z) + torch.linalg.cholesky(1.5 + z.unsqueeze(-1)).squeeze((-1, -2)) * 0
+    sample = importance_sample(make_flow(), log_joint, 500)
+    bad = (sample.z <= -1.5).squeeze(-1)
+    assert 0 < bad.sum() < 100
+    assert torch.equal(sample.log_p.isfinite(), ~bad)
+    assert torch.equal(sample.log_weights.isfinite(), ~bad)
+
+
 def test_the_log_joint_is_called_on_a_chunk_at_a_time():
     sizes = []
 
