@@ -77,6 +77,25 @@ class Autoregressive(Bijection):
             u, log_det = self.transformer.inverse(z, self.conditioner(u, context))
         return u, log_det.sum(-1)
 
+    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One Newton step from ``u``, which has the derivatives of the root it stays at."""
+        u = u.detach()
+        residual = (self._forward(u, context)[0] - z).unsqueeze(-1)
+        jacobian = self._jacobian(u.clone(), None if context is None else context.detach())
+        step = torch.linalg.solve_triangular(jacobian, residual, upper=self.reverse)
+        u = u - step.squeeze(-1)
+        return u, -self._forward(u, context)[1]
+
+    @torch.enable_grad()
+    def _jacobian(self, u: Tensor, context: Tensor | None) -> Tensor:
+        """Derivatives of every coordinate in every other, ``(*batch, D, D)``, all at once."""
+        u = u.requires_grad_()
+        z, _ = self._forward(u, context)
+        eye = torch.eye(self.input_dim, dtype=u.dtype, device=u.device)
+        rows = eye.reshape(-1, *[1] * (u.dim() - 1), self.input_dim).expand(-1, *u.shape)
+        jacobian, = torch.autograd.grad(z, u, rows, is_grads_batched=True)
+        return jacobian.movedim(0, -2).detach()
+
     def extra_repr(self) -> str:
         """Dimensions, passes, order and transformer."""
         return (f"{super().extra_repr()}, num_passes={self.num_passes}, reverse={self.reverse}, "

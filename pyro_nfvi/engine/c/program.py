@@ -17,6 +17,7 @@ from pyro_nfvi.engine.c.source import source
 from pyro_nfvi.engine.record import Recording
 
 Pointers = ctypes.Array
+LONGEST = 700_000  # characters: compilers take some 20 seconds for these
 
 
 class CProgram:
@@ -42,6 +43,9 @@ class CProgram:
             raise Unsupported("tensors that are not on the CPU")
         lowering = Lowering(graph, examples)
         text = source(lowering, len(inputs) if trains else 0)
+        if len(text) > LONGEST:
+            raise Unsupported(f"{len(text) / 1e6:.1f} MB of code, which would take too long to "
+                              "compile")
         self.library = load(text)
         self.strides = [t.stride() for t in examples]
         results = next(n for n in graph.graph.nodes if n.op == "output").args[0]
