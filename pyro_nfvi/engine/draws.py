@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 BY_SIZE = {aten.randn.default, aten.rand.default}  # independent entries, of any size
@@ -37,7 +36,7 @@ class Draw:
 
     def once(self) -> Tensor:
         """One draw: the very operation that was recorded."""
-        args = tree_map(_unfilled, self.args) if fills(self.op) else self.args
+        args = (torch.empty_like(self.args[0]), *self.args[1:]) if fills(self.op) else self.args
         result: Tensor = self.op(*args, **self.kwargs)
         return result
 
@@ -103,7 +102,3 @@ def is_random(op: Any) -> bool:
 def fills(op: Any) -> bool:
     """Whether an operation writes into its first argument."""
     return bool(op._schema.is_mutable)
-
-
-def _unfilled(value: Any) -> Any:
-    return torch.empty_like(value) if isinstance(value, Tensor) else value

@@ -40,11 +40,13 @@ class Recording:
         graph: ``(*inputs, *draws) -> outputs``, calling it runs operation by operation.
         draws: The random operations, whose results the graph takes as inputs.
         num_inputs: Number of other inputs.
+        freezes: Whether a constant came from a tensor that requires a gradient.
     """
 
     graph: fx.GraphModule
     draws: tuple[Draw, ...]
     num_inputs: int
+    freezes: bool = False
 
 
 def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Recording:
@@ -94,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         self.wholes: dict[int, tuple[Tensor, fx.Node]] = {}  # storage -> what covers it
         self.made: set[int] = set()  # storages made while recording
         self.alive: list[Tensor] = []  # so that no identity is used twice
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.freezes = len(inputs), False
         for i, tensor in enumerate(inputs):
             self._follow(tensor, self.graph.placeholder(f"input_{i}"))
 
@@ -103,7 +105,7 @@ class _Recorder(TorchDispatchMode):
         self.graph.eliminate_dead_code(lambda node: node.op == "placeholder"
                                        or node.op == "output" or node.target in CHECKS)
         module = fx.GraphModule(self.root, self.graph)
-        return Recording(module, tuple(self.draws), self.num_inputs)
+        return Recording(module, tuple(self.draws), self.num_inputs, self.freezes)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -121,6 +123,8 @@ class _Recorder(TorchDispatchMode):
         if op is aten.index_put.default and _is_fill(*args):
             with self:
                 return _fill(*args[:3])
+        if op is aten._is_all_true.default:  # a distribution's own check of its arguments
+            return self._note(torch.ones((), dtype=torch.bool, device=args[0].device), ())
         _refuse_reading(op, args, self)
         if op in INDEXED:
             args = (args[0], _without_masks(args[1]), *args[2:])
@@ -274,6 +278,7 @@ class _Recorder(TorchDispatchMode):
     def _constant(self, tensor: Tensor) -> fx.Node:
         if id(tensor) not in self.constants:
             name = f"constant_{len(self.constants)}"
+            self.freezes |= tensor.requires_grad
             value = tensor.detach()
             value = value.clone() if _storage(tensor) in self.made else value
             while hasattr(self.root, name):

@@ -23,7 +23,8 @@ from pyro_nfvi.engine.draws import Replay
 from pyro_nfvi.engine.programs import PythonProgram
 
 MAX_PROGRAMS = 8  # kinds of arguments before compiling anew costs more than it saves
-FIRST_CHECK = 10  # calls until the program is compared with the model again; then ten times more
+FIRST_CHECK = 3  # calls until the program is compared with the model again; then thrice as many
+PLAIN = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 class CompiledTrace_ELBO(Trace_ELBO):
@@ -31,9 +32,10 @@ class CompiledTrace_ELBO(Trace_ELBO):
 
     The first step runs as Pyro does, with its checks and its errors; the second is recorded. Sites
     without a reparametrized sampler get their score-function term as in Pyro. Tensors among the
-    arguments may change from step to step; anything else, and their shapes, starts a new
-    recording. A model or guide that cannot be recorded runs as Pyro runs it, and :attr:`reason`
-    says why.
+    arguments may change from step to step; a new number or shape starts a new recording. What else
+    changes the model (an attribute, a tensor it finds outside) is found out only now and then: make
+    it an argument. Later data are not validated. A model or guide that cannot be recorded runs as
+    Pyro runs it, and :attr:`reason` says why.
 
     Several particles are computed at once by ``torch.func.vmap``, also without
     ``vectorize_particles``.
@@ -72,16 +74,25 @@ class CompiledTrace_ELBO(Trace_ELBO):
         super().__init__(num_particles=num_particles, **kwargs)
         self.compile, self.tier, self.reason = compile, "eager", ""
         self._calls: dict[Any, _Call] = {}
-        self._first = True
+        self._seen: dict[tuple[int, int], tuple[Callable, Callable]] = {}
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Minus the ELBO; its gradients are added to those of the parameters."""
-        if self._first or self.compile == "eager":  # Pyro's checks, and parameters made lazily
-            self._first = False
+        pair = (id(model), id(guide))
+        if pair not in self._seen or self.compile == "eager":  # Pyro's checks, lazy parameters
+            self._seen[pair] = model, guide
             return self._plainly(model, guide, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        key = (id(model), id(guide), spec, tuple(_kind(leaf) for leaf in leaves))
+        if strange := [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]:
+            self.tier = "eager"
+            self.reason = (f"an argument is a {type(strange[0]).__name__}, whose contents may "
+                           "change unseen: pass tensors and numbers")
+            return self._plainly(model, guide, args, kwargs)
+        key = (*pair, spec, tuple(_kind(leaf) for leaf in leaves))
         call = self._calls.get(key)
+        if call is not None and call.runs and not call.fits(leaves):
+            del self._calls[key]  # parameters or indices are new: as at the first step
+            return self._plainly(model, guide, args, kwargs)
         if call is None:
             if len(self._calls) >= MAX_PROGRAMS:
                 self.tier = "eager"
@@ -96,6 +107,10 @@ class CompiledTrace_ELBO(Trace_ELBO):
         self.tier, self.reason = (call.compiled.tier if call.runs else "eager"), call.reason
         warn_if_nan(loss, "loss")
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle starts without compiled code."""
+        return {**self.__dict__, "_calls": {}, "_seen": {}}
 
     def _plainly(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> float:
         loss: float = super().loss_and_grads(model, guide, *args, **kwargs)
@@ -133,10 +148,31 @@ class _Call:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return loss.item()
 
+    def fits(self, leaves: list[Any]) -> bool:
+        """Whether parameters are those recorded, and integers within the recorded range.
+
+        Integers may be indices, which generated code does not check.
+        """
+        store = pyro.get_param_store()
+        known = all(name in store and _kind(store[name].unconstrained()) == _kind(value)
+                    for name, value in self.parameters.items())
+        return known and all(low >= lowest and high <= highest for (low, high), (lowest, highest)
+                             in zip(_ranges(leaves), self.ranges, strict=True))
+
     def _compile(self) -> None:
+        self.ranges = _ranges(self.leaves)
+        if not self.fits(self.leaves):
+            self.reason = "the parameters are not in the param store (module_local_params)"
+            return
+        if any(leaf.requires_grad for leaf in self._tensors()):
+            self.reason = "an argument requires a gradient"
+            return
         given = [*self.parameters.values(), *self._tensors()]
         particle, self.reason = try_record(self._particle, given)
         if particle is None:
+            return
+        if particle.freezes:
+            self.reason = "a tensor that requires a gradient is not in the param store"
             return
         self.draws, self.graph = particle.draws, particle.graph
         with forked_rng():
@@ -150,7 +186,7 @@ class _Call:
         self.count += 1
         if self.count < self.next_check:
             return
-        self.next_check *= 10
+        self.next_check *= 3
         self.compiled.python.live = inputs
         if problem := self.compiled.agrees():
             warnings.warn(f"the model changed since it was compiled ({problem}); it runs as it is "
@@ -247,8 +283,10 @@ def _kind(leaf: Any) -> Any:
     """What a recording depends on in an argument."""
     if isinstance(leaf, Tensor):
         return Tensor, leaf.shape, leaf.dtype, leaf.device
-    try:
-        hash(leaf)
-    except TypeError:
-        return type(leaf), id(leaf)
     return type(leaf), leaf
+
+
+def _ranges(leaves: list[Any]) -> list[tuple[int, int]]:
+    """Smallest and largest entry of every tensor of integers."""
+    return [(int(leaf.min()), int(leaf.max())) for leaf in leaves if isinstance(leaf, Tensor)
+            and leaf.numel() and not leaf.is_floating_point() and not leaf.is_complex()]

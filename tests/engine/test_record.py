@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
+from pyro_nfvi.engine.c.ir import Unsupported
+from pyro_nfvi.engine.c.program import CProgram
 from pyro_nfvi.engine.draws import Draw, Replay
 from pyro_nfvi.engine.record import NotRecordable, Recording, record
 
@@ -537,3 +539,60 @@ def test_a_recording_and_a_replay_agree():
     for made, e in zip(recording.graph(x, *draws), expected, strict=True):
         torch.testing.assert_close(made, e)
     assert all(isinstance(draw, Draw) for draw in recording.draws)
+
+
+# ------------------------------------------------------------------ what a review found
+
+def test_a_draw_keeps_the_tensor_of_its_probabilities():
+    p, x = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.randn(4)
+    recording = record(lambda: [x * torch.empty(4).bernoulli_(p)], [x])
+    for _ in range(5):
+        assert torch.equal(recording.draws[0].once(), p)
+        assert torch.equal(recording.draws[0].many(3), p.expand(3, 4))
+
+
+def test_a_distribution_that_checks_its_arguments_by_itself_is_recorded():
+    x = torch.randn(3)
+    prior = torch.distributions.Normal(0.0, 1.0, validate_args=True).expand([3])
+    recording = record(lambda: [prior.log_prob(x)], [x])
+    assert torch.equal(recording.graph(x)[0], prior.log_prob(x))
+
+
+def test_single_numbers_may_be_assigned_one_by_one():
+    x = torch.randn(4, dtype=torch.float64)
+
+    def path():
+        h = torch.zeros(4, dtype=torch.float64)
+        h[0] = x[0]
+        for t in range(1, 4):
+            h[t] = 0.9 * h[t - 1] + x[t]
+        return [h]
+    recording = record(path, [x])
+    value, = CProgram(recording, [x], [], trains=False)([x], [])
+    torch.testing.assert_close(value, path()[0], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.round(decimals=2),
+    lambda x: torch.linalg.cholesky_ex(x @ x.mT).info.float()], ids=["decimals", "info"])
+def test_what_c_would_get_wrong_it_refuses(function):
+    x = torch.randn(3, 3)
+    with pytest.raises(Unsupported):
+        CProgram(record(lambda: [function(x)], [x]), [x], [], trains=False)
+
+
+def test_a_division_of_integers_by_zero_does_not_end_the_process():
+    x, k = torch.tensor([7, 8]), torch.tensor([2, 3])
+    recording = record(lambda: [torch.div(x, k, rounding_mode="floor"), x % k,
+                                torch.div(x, k, rounding_mode="trunc")], [x, k])
+    program = CProgram(recording, [x, k], [], trains=False)
+    assert [v.tolist() for v in program([x, k], [])] == [[3, 2], [1, 2], [3, 2]]
+    program([x, k * 0], [])
+
+
+def test_compiled_code_refuses_tensors_of_another_shape_or_type():
+    x = torch.randn(4)
+    program = CProgram(record(lambda: [x * 2], [x]), [x], [], trains=False)
+    for other in (torch.randn(3), torch.randn(4).double()):
+        with pytest.raises(ValueError, match="other shapes or types"):
+            program([other], [])

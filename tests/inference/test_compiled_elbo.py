@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import random
 import warnings
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -258,3 +261,115 @@ def test_a_loss_that_is_nan_warns_as_in_pyro():
         warnings.simplefilter("always")
         svi.step(SIGMA, Y * float("nan"))
     assert any("nan" in str(w.message).lower() for w in caught)
+
+
+# ------------------------------------------------------------------ what may change unseen
+
+def groups(y, index):
+    with pyro.plate("group", 4):
+        level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(level[index], 1.0), obs=y)
+
+
+def test_an_index_out_of_range_is_pyro_s_error_not_a_wild_read():
+    elbo = CompiledTrace_ELBO()
+    svi = SVI(groups, AutoNormal(groups), Adam({"lr": 0.01}), loss=elbo)
+    index = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    for _ in range(3):
+        svi.step(Y, index)
+    assert elbo.tier == "c", elbo.reason
+    with pytest.raises(IndexError):
+        svi.step(Y, index + 500_000_000)
+
+
+def test_an_argument_with_contents_runs_as_pyro_runs_it_and_says_why():
+    def model(box):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Normal(mu, 1.0).expand((3,)).to_event(1),
+                    obs=torch.as_tensor(box))
+    box, elbo, plain = np.zeros(3, dtype="float32"), CompiledTrace_ELBO(), Trace_ELBO()
+    guide = AutoNormal(model)
+    guide(box)
+    for value in (1.0, 5.0, 20.0):
+        box[:] = value
+        rng = torch.get_rng_state()
+        expected = plain.loss(model, guide, box)
+        torch.set_rng_state(rng)
+        assert elbo.loss_and_grads(model, guide, box) == pytest.approx(expected, rel=1e-5)
+    assert elbo.tier == "eager"
+    assert "ndarray" in elbo.reason
+
+
+def test_a_cleared_param_store_starts_anew():
+    elbo, guide = CompiledTrace_ELBO(), AutoNormal(schools)
+    svi = SVI(schools, guide, Adam({"lr": 0.01}), loss=elbo)
+    for _ in range(3):
+        svi.step(SIGMA, Y)
+    pyro.clear_param_store()
+    for _ in range(4):
+        assert math.isfinite(svi.step(SIGMA, Y))
+
+
+def test_gradients_outside_the_param_store_are_not_lost():
+    elbo = CompiledTrace_ELBO()
+    guide = AutoNormal(schools)
+    guide(SIGMA, Y)
+    sigma = SIGMA.clone().requires_grad_()
+    for _ in range(3):
+        sigma.grad = None
+        elbo.loss_and_grads(schools, guide, sigma, Y)
+        assert sigma.grad is not None
+    assert elbo.reason == "an argument requires a gradient"
+
+
+def test_a_guide_with_a_network_of_its_own_still_trains():
+    net = torch.nn.Linear(2, 1)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3, 1), 1.0).to_event(2))
+        pyro.sample("y", dist.Normal(mu, pyro.param("s", torch.tensor(1.0))).to_event(2),
+                    obs=torch.ones(3, 1))
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(net(x), 1.0).to_event(2))
+    elbo, x = CompiledTrace_ELBO(), torch.randn(3, 2)
+    for _ in range(3):
+        net.zero_grad()
+        elbo.loss_and_grads(model, guide, x)
+        assert net.weight.grad is not None
+    assert "not in the param store" in elbo.reason
+
+
+def test_two_models_may_share_one_loss():
+    shared = CompiledTrace_ELBO()
+
+    def shifted(sigma, y):
+        schools(sigma, y + 5)
+    for model in (schools, shifted):
+        ours, _ = losses(model, AutoNormal, shared)
+        theirs, _ = losses(model, AutoNormal, Trace_ELBO())
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    assert shared.tier == "c", shared.reason
+
+
+def test_a_used_loss_copies_and_pickles():
+    elbo = CompiledTrace_ELBO(num_particles=2)
+    svi = SVI(schools, AutoNormal(schools), Adam({"lr": 0.01}), loss=elbo)
+    for _ in range(3):
+        svi.step(SIGMA, Y)
+    for again in (copy.deepcopy(elbo), pickle.loads(pickle.dumps(elbo))):
+        assert again.num_particles == 2
+        assert math.isfinite(again.loss_and_grads(schools, svi.guide, SIGMA, Y))
+
+
+PRIOR = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+
+
+def test_a_prior_made_outside_the_model_compiles():
+    def model(y):
+        w = pyro.sample("w", PRIOR)
+        pyro.sample("y", dist.Normal(w.sum(), 1.0).expand(y.shape).to_event(1), obs=y)
+    elbo = CompiledTrace_ELBO()
+    losses(model, AutoNormal, elbo, (Y,))
+    assert elbo.tier == "c", elbo.reason

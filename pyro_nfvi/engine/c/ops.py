@@ -64,7 +64,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 @rule(*UNARY)
-def _unary(lowering: Lowering, node: fx.Node, x: Value, **_: Any) -> Expr:
+def _unary(lowering: Lowering, node: fx.Node, x: Value, **options: Any) -> Expr:
+    if options:
+        raise Unsupported(f"{node.target} with {', '.join(options)}")
     name, dtype = opname(node), node.meta["dtype"]
     weight = 1 if name in ("neg", "abs", "relu") else HEAVY
     return lowering.apply(UNARY[name], [x], dtype, node, weight)
@@ -98,7 +100,7 @@ def _div(lowering: Lowering, node: fx.Node, x: Value, y: Value,
     if rounding_mode is None:
         return lowering.apply("{{0}} / {{1}}", [x, y], dtype, node, HEAVY // 2)
     if not dtype.is_floating_point and rounding_mode == "trunc":
-        return lowering.apply("{{0}} / {{1}}", [x, y], dtype, node, HEAVY)
+        return lowering.apply("trunc_divide_{T}({{0}}, {{1}})", [x, y], dtype, node, HEAVY)
     text = "floor_divide_{T}({{0}}, {{1}})" if rounding_mode == "floor" else \
         "trunc_{T}({{0}} / {{1}})"
     return lowering.apply(text, [x, y], dtype, node, HEAVY)
@@ -438,7 +440,8 @@ def _index_put(lowering: Lowering, node: fx.Node, x: Value, indices: Sequence[An
             to.append(outer.pop(0))
     sign = "+=" if accumulate else "="
     order = sorted(range(len(shape)), key=lambda d: -values.strides[d])
-    apart = not (used[0] <= order[-1] < used[0] + count)  # no two writes of the inner loop meet
+    # Whether no two writes of the inner loop meet.
+    apart = bool(order) and not used[0] <= order[-1] < used[0] + count
     text = f"{loops(order, shape, apart)} {out.at(tuple(to))} {sign} {values.at(index)};"
     lowering.schedule.kernel(text, reads, [out])
     return out
@@ -490,6 +493,9 @@ def _product(lowering: Lowering, node: fx.Node, *args: Value, beta: float = 1, a
 def _cholesky(lowering: Lowering, node: fx.Node, x: Value, upper: bool = False, **_: Any) -> list:
     if upper:
         raise Unsupported("an upper Cholesky factor")
+    infos = [part for part in node.users if part.args[1] == 1]
+    if any(opname(user) != "_linalg_check_errors" for part in infos for user in part.users):
+        raise Unsupported("a Cholesky factor whose `info` is used")
     source = lowering.view(x)
     out = lowering.like(lowering.row_major(source))
     lowering.schedule.kernel(products.cholesky(source, out), [source], [out])

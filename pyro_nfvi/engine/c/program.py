@@ -48,6 +48,7 @@ class CProgram:
                               "compile")
         self.library = load(text)
         self.strides = [t.stride() for t in examples]
+        self.kinds = [(tuple(t.shape), t.dtype) for t in examples]
         results = next(n for n in graph.graph.nodes if n.op == "output").args[0]
         self.specs = [(n.meta["shape"], n.meta["dtype"]) for n in results]
         size = ctypes.c_int64.in_dll(self.library, "arena_bytes").value
@@ -65,7 +66,15 @@ class CProgram:
             self._steps.restype = None
 
     def __call__(self, inputs: Sequence[Tensor], draws: Sequence[Tensor]) -> list[Tensor]:
-        """Run the graph once."""
+        """Run the graph once.
+
+        Raises:
+            ValueError: If a tensor is not of the shape and type of the example.
+        """
+        given = [(tuple(t.shape), t.dtype) for t in (*inputs, *draws)]
+        if given != self.kinds:
+            raise ValueError("compiled code was called with tensors of other shapes or types than "
+                             "it was compiled for")
         held = [t if t.stride() == strides else _strided(t, strides)
                 for t, strides in zip([*inputs, *draws], self.strides, strict=True)]
         outputs = [torch.empty(shape, dtype=dtype) for shape, dtype in self.specs]
