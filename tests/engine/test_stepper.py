@@ -430,13 +430,19 @@ def test_a_seed_gives_the_same_fit_however_fast_the_machine_is(model, monkeypatc
 # ------------------------------------------------------------------ Ctrl-C
 
 def interrupt_after(fitted, num_steps, sent):
-    """Send a real Ctrl-C once the fit has made some steps."""
+    """Send a real Ctrl-C once the fit has made some steps; again, if Python loses it.
+
+    It does, rarely: one that lands in a finalizer is printed and forgotten.
+    """
     def watch():
         deadline = time.monotonic() + 30
         while len(fitted.history.elbo) < num_steps and time.monotonic() < deadline:
             time.sleep(0.002)
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
+        while not fitted.history.interrupted:
+            sent.append(time.monotonic())
+            os.kill(os.getpid(), signal.SIGINT)
+            while not fitted.history.interrupted and time.monotonic() < sent[-1] + 2:
+                time.sleep(0.002)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
@@ -446,10 +452,10 @@ def interrupt_after(fitted, num_steps, sent):
 @pytest.mark.parametrize("num_steps", [1, 10, 100])
 def test_ctrl_c_ends_the_steps_within_a_second_and_loses_none(tier, num_steps):
     bowl, sent = Bowl(), []
-    fitted = bowl.loop(10 ** 8, compile=tier)
+    fitted = bowl.loop(10 ** 7, compile=tier)
     thread = interrupt_after(fitted, num_steps, sent)
     history = fitted.run()
-    assert time.monotonic() - sent[0] < 1
+    assert time.monotonic() - sent[-1] < 1
     thread.join()
     state = fitted.stepper.state
     assert history.interrupted
