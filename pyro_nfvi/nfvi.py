@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
-from pyro_nfvi.engine import TIERS
+from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import Flow, Triangular, nsf
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, History, LogJoint, Loop
@@ -81,7 +81,7 @@ class NFVI:
         self.num_steps = check_positive_int("NFVI", "num_steps", num_steps)
         self.lr = check_positive_float("NFVI", "lr", lr)
         self.seed, self.dtype = _checked_seed(seed), _checked_dtype(dtype)
-        self.device, self.compile = _checked_device(device), _checked_tier(compile)
+        self.device, self.compile = _checked_device(device), check_tier("NFVI", compile)
         self.progress = progress
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
@@ -223,14 +223,6 @@ def _checked_seed(seed: Any) -> int | None:
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
         raise ValueError(f"NFVI expected `seed` to be an integer or None, got {seed!r}.")
     return seed
-
-
-def _checked_tier(compile: Any) -> str:
-    if compile not in ("auto", *TIERS):
-        raise ValueError(f"NFVI expected `compile` to be one of {('auto', *TIERS)}, got "
-                         f"{compile!r}.")
-    tier: str = compile
-    return tier
 
 
 def _checked_device(device: Any) -> torch.device | None:

@@ -4,9 +4,9 @@
 C code, :class:`Compiled` takes the fastest tier that works, and :class:`Stepper` optimises.
 """
 
-from pyro_nfvi.engine.compiled import TIERS, Compiled, Engine, try_record
+from pyro_nfvi.engine.compiled import TIERS, Compiled, Engine, check_tier, try_record
 from pyro_nfvi.engine.record import NotRecordable, Recording, record
 from pyro_nfvi.engine.stepper import Stepper
 
-__all__ = ["TIERS", "Compiled", "Engine", "NotRecordable", "Recording", "Stepper", "record",
-           "try_record"]
+__all__ = ["TIERS", "Compiled", "Engine", "NotRecordable", "Recording", "Stepper", "check_tier",
+           "record", "try_record"]

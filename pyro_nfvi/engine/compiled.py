@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,6 +178,19 @@ class Compiled:
         if tier == "cuda_graph":
             return CudaGraphProgram(recording, *self._example())
         return CProgram(recording, *self._example(), self.trains)
+
+
+def check_tier(owner: str, compile: Any) -> str:
+    """A tier or ``"auto"``.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if compile not in ("auto", *TIERS):
+        raise ValueError(f"{owner} expected `compile` to be one of {('auto', *TIERS)}, got "
+                         f"{compile!r}.")
+    tier: str = compile
+    return tier
 
 
 def try_record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]

@@ -351,7 +351,6 @@ def _pure_twin(op: Any) -> Callable:
 def _noted(node: fx.Node, tensor: Tensor) -> fx.Node:
     """The node, with the shape and type of its value written on it."""
     node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
-    node.meta["strides"] = tuple(tensor.stride())
     return node
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi.engine import TIERS, Compiled, try_record
+from pyro_nfvi.engine import Compiled, check_tier, try_record
 from pyro_nfvi.engine.draws import Replay
 from pyro_nfvi.engine.programs import PythonProgram
 
@@ -68,11 +68,9 @@ class CompiledTrace_ELBO(Trace_ELBO):
     """
 
     def __init__(self, num_particles: int = 1, *, compile: str = "auto", **kwargs: Any) -> None:
-        if compile not in ("auto", *TIERS):
-            raise ValueError(f"CompiledTrace_ELBO expected `compile` to be one of "
-                             f"{('auto', *TIERS)}, got {compile!r}.")
         super().__init__(num_particles=num_particles, **kwargs)
-        self.compile, self.tier, self.reason = compile, "eager", ""
+        self.compile = check_tier("CompiledTrace_ELBO", compile)
+        self.tier, self.reason = "eager", ""
         self._calls: dict[Any, _Call] = {}
         self._seen: dict[tuple[int, int], tuple[Callable, Callable]] = {}
 

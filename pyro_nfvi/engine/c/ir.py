@@ -250,3 +250,11 @@ def literal(value: float, dtype: torch.dtype) -> str:
     if math.isinf(value):
         return "INFINITY" if value > 0 else "(-INFINITY)"
     return f"({float(value)!r}" + ("f)" if dtype == torch.float32 else ")")
+
+
+def loops(dims: Sequence[int], shape: Sequence[int], apart: bool = False) -> str:
+    """Heads of nested loops over these dimensions; ``apart``: the innermost has no conflicts."""
+    heads = [f"for (int i{d} = 0; i{d} < {shape[d]}; i{d}++) " for d in dims]
+    if heads and apart:
+        heads[-1] = "\n#pragma GCC ivdep\n" + heads[-1]
+    return "".join(heads)

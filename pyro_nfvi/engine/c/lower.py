@@ -235,7 +235,7 @@ class Lowering:
         """New memory in the order of another."""
         return self.empty(view.shape, view.buffer.dtype, view.strides)
 
-    def hint(self, values: Sequence[Any], dim: int) -> Shape | None:
+    def hint(self, values: Sequence[Any]) -> Shape | None:
         """Strides to follow: those of the largest value in memory, if any."""
         exprs = [self.expr(v) for v in values]
         views = [view for e in exprs for view, _ in e.loads(tuple("0" * len(e.shape)))
@@ -249,7 +249,7 @@ class Lowering:
 
     def gradient_hint(self, node: fx.Node, grad: Value, args: Sequence[Any]) -> Shape | None:
         """Strides for the gradient of a view, in the order of the gradient's own."""
-        strides, shape = self.hint([grad], -1), node.meta["shape"]
+        strides, shape = self.hint([grad]), node.meta["shape"]
         if strides is None:
             return None
         if opname(node) == "slice_backward":

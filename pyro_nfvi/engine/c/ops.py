@@ -21,6 +21,7 @@ from pyro_nfvi.engine.c.ir import (
     Unsupported,
     View,
     literal,
+    loops,
 )
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ def _cat(lowering: Lowering, node: fx.Node, parts: Sequence[Value], dim: int = 0
         parts = [lowering.unsqueezed(p, dim) for p in parts]
         model = None
     out = lowering.empty(shape, dtype, model.strides if model is not None
-                         else lowering.hint(parts, dim))
+                         else lowering.hint(parts))
     start = 0
     for part in parts:
         piece = View(out.buffer, tuple(part.shape), out.strides,
@@ -322,7 +323,7 @@ def _cat(lowering: Lowering, node: fx.Node, parts: Sequence[Value], dim: int = 0
 def _pad(lowering: Lowering, node: fx.Node, x: Value, pad: Sequence[int], value: float = 0
          ) -> View:
     shape, dtype = node.meta["shape"], node.meta["dtype"]
-    out = lowering.filled(shape, dtype, value, lowering.hint([x], -1))
+    out = lowering.filled(shape, dtype, value, lowering.hint([x]))
     source, target = lowering.view(x) if min(pad) < 0 else None, out
     for k in range(len(pad) // 2):
         dim, before, after = len(shape) - 1 - k, pad[2 * k], pad[2 * k + 1]
@@ -393,7 +394,7 @@ def _scatter(lowering: Lowering, node: fx.Node, x: Value, dim: int, where: Value
         source = Number(tuple(where.shape), node.meta["dtype"], value=source)
     places = lowering.view(where)
     values = lowering.view(lowering.cast(source, node.meta["dtype"]))
-    out = lowering.copied(x, lowering.hint([source, where], -1))
+    out = lowering.copied(x, lowering.hint([source, where]))
     dim %= max(len(out.shape), 1)
     index = tuple(f"i{d}" for d in range(len(places.shape)))
     to = tuple(f"(int)({places.at(index)})" if d == dim else i for d, i in enumerate(index))
@@ -450,7 +451,7 @@ def _index_put(lowering: Lowering, node: fx.Node, x: Value, indices: Sequence[An
 def _beside(lowering: Lowering, source: Value, sizes: Sequence[int], used: Sequence[int],
             count: int) -> tuple[int, ...] | None:
     """Strides for a tensor to write to: what lies side by side in the source does so in it."""
-    hint = lowering.hint([source], -1)
+    hint = lowering.hint([source])
     if hint is None or len(hint) != len(sizes) - len(used) + count or count != len(used):
         return None
     return hint
@@ -528,14 +529,6 @@ def opname(node: fx.Node) -> str:
     """Name of the operation, without its overload."""
     target: Any = node.target
     return str(getattr(target, "_opname", target.__name__))
-
-
-def loops(dims: Sequence[int], shape: Sequence[int], apart: bool = False) -> str:
-    """Heads of nested loops over these dimensions; ``apart``: the innermost has no conflicts."""
-    heads = [f"for (int i{d} = 0; i{d} < {shape[d]}; i{d}++) " for d in dims]
-    if heads and apart:
-        heads[-1] = "\n#pragma GCC ivdep\n" + heads[-1]
-    return "".join(heads)
 
 
 def dropped(view: View, dims: Sequence[int]) -> View:

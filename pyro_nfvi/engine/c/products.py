@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, Expr, Number, Unsupported, View
+from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, Expr, Number, Unsupported, View, loops
 
 if TYPE_CHECKING:
     from pyro_nfvi.engine.c.lower import Lowering, Value
@@ -69,8 +69,7 @@ def _gemm(lowering: Lowering, node: fx.Node, a: View, b: View, target: View | No
 def _copy(lowering: Lowering, view: View, inner: int) -> View:
     """A copy of a matrix whose elements along a dimension lie side by side."""
     out = lowering.empty(view.shape, view.dtype, (1, 0) if inner == 1 else (0, 1))
-    heads = "".join(f"for (int i{d} = 0; i{d} < {view.shape[d]}; i{d}++) "
-                    for d in (1 - inner, inner))
+    heads = loops((1 - inner, inner), view.shape)
     index = ("i0", "i1")
     lowering.schedule.kernel(f"{heads}{out.at(index)} = {view.at(index)};", [view], [out])
     return out

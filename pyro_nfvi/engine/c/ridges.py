@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, View
-from pyro_nfvi.engine.c.ops import loops, rule
+from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, View, loops
+from pyro_nfvi.engine.c.ops import rule
 
 if TYPE_CHECKING:
     from pyro_nfvi.engine.c.lower import Lowering, Value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -414,7 +414,7 @@ def _loop_order(statement: Statement) -> tuple[int, ...]:
     views = [(v, i) for v, i in statement.loads if v is not NOWHERE]
     if statement.target is not NOWHERE and not statement.reduction:
         views.insert(0, (statement.target, statement.index))
-    steps = list(unique(statement.strides(view, index) for view, index in views))
+    steps = list(dict.fromkeys(tuple(statement.strides(view, index)) for view, index in views))
     loops = list(range(len(statement.extents)))
     if not steps or not loops:
         return tuple(loops)
@@ -426,13 +426,8 @@ def _loop_order(statement: Statement) -> tuple[int, ...]:
     return (*outer, inner)
 
 
-def _inner_cost(steps: list[list[int | None]], loop: int, extent: int) -> float:
+def _inner_cost(steps: list[tuple[int | None, ...]], loop: int, extent: int) -> float:
     """Cost of an element if this loop is innermost, on average over the operands."""
     costs: dict[int | None, float] = {0: 1.0, 1: 0.9}  # it stays; it is the next in memory
     short = 4.0 if extent < SHORT else 0.0
     return short + sum(costs.get(step[loop], STRIDED) for step in steps) / len(steps)
-
-
-def unique(steps: Iterable[list[int | None]]) -> Iterator[list[int | None]]:
-    """Each of the lists once."""
-    return iter([list(step) for step in dict.fromkeys(tuple(step) for step in steps)])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, View
+from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, View, loops
 from pyro_nfvi.engine.c.ops import opname, rule
 
 if TYPE_CHECKING:
@@ -119,14 +119,13 @@ def _calls(function: str, params: View, inputs: dict[str, View], outputs: dict[s
            inner: int) -> str:
     """One call for each run of elements that lie side by side."""
     outer = [d for d in range(len(params.shape) - 1) if d != inner]
-    heads = "".join(f"for (int i{d} = 0; i{d} < {params.shape[d]}; i{d}++) " for d in outer)
 
     def place(view: View) -> str:
         terms = [f"i{d} * {view.strides[d]}" for d in outer]
         return " + ".join([view.buffer.name, str(view.offset), *terms])
     pointers = [place(v) for v in [params, *inputs.values(), *outputs.values()]]
     steps = [params.strides[-1]] + [v.strides[-1] for name, v in outputs.items() if name == "gp"]
-    return f"{heads}{function}({params.shape[inner]}, " \
+    return f"{loops(outer, params.shape)}{function}({params.shape[inner]}, " \
         f"{', '.join(str(s) for s in steps)}, {', '.join(pointers)});"
 
 
