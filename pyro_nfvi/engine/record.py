@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -47,6 +48,13 @@ class Recording:
     draws: tuple[Draw, ...]
     num_inputs: int
     freezes: bool = False
+
+    @property
+    def num_computed(self) -> int:
+        """How many numbers one run computes, views aside."""
+        shapes = (node.meta.get("shape") for node in self.graph.graph.nodes
+                  if node.op == "call_function")
+        return sum(math.prod(shape) for shape in shapes if shape is not None)
 
 
 def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Recording:

@@ -6,15 +6,32 @@ log-determinant; a :class:`Flow` adds a :class:`Base` and is a distribution; a r
 """
 
 from pyro_nfvi.flows.autoregressive import Autoregressive
-from pyro_nfvi.flows.base import Base, BaseDistribution, Gaussian, Mixture, StudentT
+from pyro_nfvi.flows.base import (
+    Base,
+    BaseDistribution,
+    Gaussian,
+    Mixture,
+    MultivariateStudentT,
+    StudentT,
+)
 from pyro_nfvi.flows.bijection import Bijection, Inverse
 from pyro_nfvi.flows.compose import Compose
 from pyro_nfvi.flows.coupling import Coupling
+from pyro_nfvi.flows.fixed import FixedLinear, FixedLowRank
 from pyro_nfvi.flows.flow import Flow, FlowDistribution
-from pyro_nfvi.flows.linear import Diagonal, Householder, LULinear, Permutation, Triangular
+from pyro_nfvi.flows.linear import (
+    Diagonal,
+    Householder,
+    Identity,
+    LowRank,
+    LULinear,
+    Permutation,
+    Triangular,
+)
+from pyro_nfvi.flows.mixture import MixtureOfFlows
 from pyro_nfvi.flows.nets import MLP, MaskedMLP
 from pyro_nfvi.flows.planar import Planar, Radial, Sylvester
-from pyro_nfvi.flows.recipes import iaf, maf, nice, nsf, planar, radial, realnvp
+from pyro_nfvi.flows.recipes import auto, iaf, maf, nice, nsf, planar, radial, realnvp
 from pyro_nfvi.flows.spline import RationalQuadraticSpline
 from pyro_nfvi.flows.transform import BijectionTransform, FromTransform
 from pyro_nfvi.flows.transformers import Additive, Affine, Transformer
@@ -31,15 +48,21 @@ __all__ = [
     "Compose",
     "Coupling",
     "Diagonal",
+    "FixedLinear",
+    "FixedLowRank",
     "Flow",
     "FlowDistribution",
     "FromTransform",
     "Gaussian",
     "Householder",
+    "Identity",
     "Inverse",
     "LULinear",
+    "LowRank",
     "MaskedMLP",
     "Mixture",
+    "MixtureOfFlows",
+    "MultivariateStudentT",
     "Permutation",
     "Planar",
     "Radial",
@@ -48,6 +71,7 @@ __all__ = [
     "Sylvester",
     "Transformer",
     "Triangular",
+    "auto",
     "iaf",
     "maf",
     "nice",

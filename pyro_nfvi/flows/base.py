@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -140,11 +141,16 @@ class StudentT(Base):
 
     Args:
         input_dim: Number of coordinates :math:`D`.
-        df: Degrees of freedom :math:`\nu` at the start, above ``MIN_DF``.
+        df: Degrees of freedom :math:`\nu` at the start, above ``MIN_DF``: a number, or one a
+            coordinate.
         learn: Whether each coordinate learns its own.
 
     Raises:
-        ValueError: If ``df`` is not a number above ``MIN_DF``.
+        ValueError: If ``df`` is not a number above ``MIN_DF``, or :math:`D` of them.
+
+    Example:
+        >>> StudentT(2, df=[3.0, 6.0]).variance
+        tensor([3.0000, 1.5000])
 
     References:
         Jaini, Kobyzev, Yu & Brubaker (2020), Tails of Lipschitz Triangular Flows,
@@ -153,19 +159,33 @@ class StudentT(Base):
 
     MIN_DF = 1.0
 
-    def __init__(self, input_dim: int, df: float = 5.0, *, learn: bool = False) -> None:
+    def __init__(self, input_dim: int, df: float | Sequence[float] | Tensor = 5.0, *,
+                 learn: bool = False) -> None:
         super().__init__(input_dim)
-        excess = check_positive_float("StudentT", "df", df) - self.MIN_DF
-        if excess <= 0:
-            raise ValueError(f"StudentT expected `df` above {self.MIN_DF}, got {df!r}.")
-        raw = torch.full((self.input_dim,), excess).expm1().log()
-        raw = torch.where(raw.isfinite(), raw, torch.tensor(excess))  # softplus(x) = x far out
+        excess = self._checked_df(df) - self.MIN_DF
+        raw = excess.expm1().log()
+        raw = torch.where(raw.isfinite(), raw, excess).to(self.zeros)  # softplus(x) = x far out
         if learn:
             self.raw_df = nn.Parameter(raw)
         else:
             self.register_buffer("raw_df", raw)
 
     raw_df: Tensor
+
+    def _checked_df(self, df: Any) -> Tensor:
+        """Degrees of freedom of each coordinate, in double precision."""
+        if isinstance(df, str) or not hasattr(df, "__len__"):
+            number = _check_above("StudentT", "df", df, self.MIN_DF)
+            return torch.full((self.input_dim,), number, dtype=torch.float64)
+        try:
+            values = torch.as_tensor(df, dtype=torch.float64).detach()
+        except (TypeError, ValueError, RuntimeError):  # of no use as numbers
+            values = torch.empty(0)
+        if values.shape != (self.input_dim,) or not (values > self.MIN_DF).all() \
+                or not values.isfinite().all():
+            raise ValueError(f"StudentT expected `df` to be a number above {self.MIN_DF}, or "
+                             f"{self.input_dim} of them, got {df!r}.")
+        return values
 
     @property
     def df(self) -> Tensor:
@@ -192,6 +212,68 @@ class StudentT(Base):
     def variance(self) -> Tensor:
         """Infinite where ``df`` is 2 or less."""
         return self._distribution().variance
+
+
+class MultivariateStudentT(Base):
+    r"""Elliptical Student-t noise: all coordinates share one heavy tail.
+
+    .. math:: u = \frac{e}{\sqrt{s / \nu}}, \quad e \sim \mathcal N(0, I), \
+              s \sim \chi^2_\nu, \qquad
+              p(u) = \frac{\Gamma(\frac{\nu + D}{2})}{\Gamma(\frac{\nu}{2}) (\nu \pi)^{D/2}}
+              \left(1 + \frac{u^\top u}{\nu}\right)^{-(\nu + D)/2}
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        df: Degrees of freedom :math:`\nu`, above ``MIN_DF``; they are set, not learned.
+
+    Raises:
+        ValueError: If ``df`` is not a number above ``MIN_DF``.
+
+    Example:
+        >>> base = MultivariateStudentT(3, df=4.0)
+        >>> base.rsample((5,)).shape, base.variance
+        (torch.Size([5, 3]), tensor([2., 2., 2.]))
+
+    References:
+        Domke & Sheldon (2018), Importance Weighting and Variational Inference,
+        arXiv:1808.09034, section 5 (elliptical distributions as approximations).
+    """
+
+    MIN_DF = 1.0
+    df: Tensor
+
+    def __init__(self, input_dim: int, df: float = 5.0) -> None:
+        super().__init__(input_dim)
+        number = _check_above("MultivariateStudentT", "df", df, self.MIN_DF)
+        self.register_buffer("df", torch.tensor(number))
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Normal draws over the root of one chi-squared draw each."""
+        noise = torch.randn(*sample_shape, self.input_dim, dtype=self.zeros.dtype,
+                            device=self.zeros.device)
+        chi2 = torch.distributions.Chi2(self.df, validate_args=False)
+        return noise * (self.df / chi2.sample(torch.Size(sample_shape))).sqrt().unsqueeze(-1)
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """Log-density of the elliptical Student-t."""
+        half, more = self.df / 2, (self.df + self.input_dim) / 2
+        constant = more.lgamma() - half.lgamma() - self.input_dim / 2 * (self.df * math.pi).log()
+        return constant - more * (u.square().sum(-1) / self.df).log1p()
+
+    @property
+    def mean(self) -> Tensor:
+        """Zero, the centre."""
+        return self.zeros
+
+    @property
+    def variance(self) -> Tensor:
+        """Infinite where ``df`` is 2 or less."""
+        excess = (self.df - 2).clamp(min=0)
+        return (self.df / excess).expand(self.input_dim)
+
+    def extra_repr(self) -> str:
+        """Dimension and degrees of freedom."""
+        return f"{self.input_dim}, df={self.df.item():g}"
 
 
 class Mixture(Base):
@@ -280,3 +362,15 @@ class Mixture(Base):
         """Within plus between components."""
         second = (2 * self.log_scales).exp() + self.locs.square()
         return self.logits.softmax(-1) @ second - self.mean.square()
+
+
+def _check_above(owner: str, argument: str, value: Any, minimum: float) -> float:
+    """Return ``value`` as a float if it is a finite number above ``minimum``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    number = check_positive_float(owner, argument, value)
+    if number <= minimum:
+        raise ValueError(f"{owner} expected `{argument}` above {minimum}, got {value!r}.")
+    return number

@@ -1,18 +1,44 @@
-"""Linear layers: diagonal, triangular, LU, Householder, permutation."""
+"""Linear layers: diagonal, triangular, LU, low-rank, Householder, permutation."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi._shapes import check_context, check_positive_int
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.nets import ContextParameter
 
 
-class Diagonal(Bijection):
+class LinearMap(Bijection):
+    r"""What every learned linear map has: :math:`z = t + A u`, with a shift and log-scales.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+    """
+
+    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
+        super().__init__(input_dim, context_dim)
+        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
+
+    def factor(self, context: Tensor | None = None) -> Tensor:
+        """The matrix :math:`A`, dense: ``(*batch, D, D)``, for tests and few coordinates."""
+        return self._dense(check_context(type(self).__name__, context, self.context_dim))
+
+    @abstractmethod
+    def _dense(self, context: Tensor | None) -> Tensor:
+        """The matrix for a checked context."""
+
+
+class Diagonal(LinearMap):
     r"""Shift and scale of each coordinate: :math:`z = t + e^{s} \odot u`.
 
     Args:
@@ -26,11 +52,6 @@ class Diagonal(Bijection):
         Dinh, Krueger & Bengio (2015), NICE, arXiv:1410.8516, section 3.3.
     """
 
-    def __init__(self, input_dim: int, context_dim: int = 0) -> None:
-        super().__init__(input_dim, context_dim)
-        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
-        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
-
     def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         log_scale = self.log_scale(context)
         z = torch.addcmul(self.shift(context), u, log_scale.exp())
@@ -41,8 +62,11 @@ class Diagonal(Bijection):
         u = (z - self.shift(context)) * (-log_scale).exp()
         return u, -log_scale.sum(-1).expand(z.shape[:-1])
 
+    def _dense(self, context: Tensor | None) -> Tensor:
+        return torch.diag_embed(self.log_scale(context).exp())
 
-class Triangular(Bijection):
+
+class Triangular(LinearMap):
     r"""Lower-triangular map :math:`z = t + L u` with :math:`L_{ii} = e^{s_i}`.
 
     On a Gaussian base this is every Gaussian: :math:`L` is the Cholesky factor.
@@ -61,8 +85,6 @@ class Triangular(Bijection):
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
-        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
-        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
         square = torch.zeros(self.input_dim, self.input_dim)
         self.lower = ContextParameter(square, self.context_dim)
 
@@ -81,8 +103,11 @@ class Triangular(Bijection):
         factor = self.lower(context).tril(-1) + torch.diag_embed(log_scale.exp())
         return factor, log_scale
 
+    def _dense(self, context: Tensor | None) -> Tensor:
+        return self._factor(context)[0]
 
-class LULinear(Bijection):
+
+class LULinear(LinearMap):
     r"""General linear map :math:`z = t + L U u` with unit-lower :math:`L`, upper :math:`U`.
 
     .. math:: \log|\det J| = \textstyle\sum_i s_i, \qquad U_{ii} = e^{s_i}
@@ -100,8 +125,6 @@ class LULinear(Bijection):
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:
         super().__init__(input_dim, context_dim)
-        self.shift = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
-        self.log_scale = ContextParameter(torch.zeros(self.input_dim), self.context_dim)
         square = torch.zeros(self.input_dim, self.input_dim)
         self.entries = ContextParameter(square, self.context_dim)  # L below, U above the diagonal
 
@@ -120,6 +143,82 @@ class LULinear(Bijection):
         lower = entries.tril(-1) + torch.diag_embed(torch.ones_like(log_scale))
         upper = entries.triu(1) + torch.diag_embed(log_scale.exp())
         return lower, upper, log_scale
+
+    def _dense(self, context: Tensor | None) -> Tensor:
+        lower, upper, _ = self._factors(context)
+        return lower @ upper
+
+
+class LowRank(LinearMap):
+    r"""Scales after a symmetric stretch of low rank: :math:`z = t + e^s \odot (u + W W^\top u)`.
+
+    .. math:: \log|\det J| = \textstyle\sum_i s_i + \log\det(I_r + W^\top W), \qquad
+              (I + W W^\top)^{-1} = I - W (I_r + W^\top W)^{-1} W^\top
+
+    On a Gaussian base, a Gaussian of :math:`D (r + 2)` parameters whose covariance has the
+    symmetric root :math:`I + W W^\top` between its scales. Either way costs
+    :math:`O(D r)` a point and :math:`O(D r^2)` a batch; no :math:`D \times D` matrix is made.
+
+    Args:
+        input_dim: Number of coordinates :math:`D`.
+        context_dim: Number of context coordinates; 0 for none.
+        rank: Number of columns :math:`r` of :math:`W`, at most :math:`D`. Default: all, up to 10.
+
+    Shape:
+        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Raises:
+        ValueError: If the rank is above the number of coordinates.
+
+    Example:
+        >>> layer = LowRank(1000, rank=3)
+        >>> z, log_det = layer(torch.randn(5, 1000))
+        >>> z.shape, log_det.shape
+        (torch.Size([5, 1000]), torch.Size([5]))
+
+    References:
+        Ong, Nott & Smith (2018), Gaussian Variational Approximation with a Factor Covariance
+        Structure, arXiv:1701.03208 (low rank plus diagonal; here the root has that form).
+    """
+
+    START = 1e-5  # W is not zero, where it would have no gradient; its square is far below eps^0.5
+
+    def __init__(self, input_dim: int, context_dim: int = 0, *, rank: int | None = None) -> None:
+        super().__init__(input_dim, context_dim)
+        self.rank = min(self.input_dim, 10) if rank is None else rank
+        check_positive_int("LowRank", "rank", self.rank)
+        if self.rank > self.input_dim:
+            raise ValueError(f"LowRank expected `rank` of at most input_dim={self.input_dim}, "
+                             f"got {rank}.")
+        start = self.START * torch.randn(self.input_dim, self.rank)
+        self.loadings = ContextParameter(start, self.context_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, log_scale = self.loadings(context), self.log_scale(context)
+        stretched = u + matvec(w, matvec(w.mT, u))
+        z = torch.addcmul(self.shift(context), stretched, log_scale.exp())
+        return z, self._log_det(log_scale, _small_root(w)).expand(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        w, log_scale = self.loadings(context), self.log_scale(context)
+        root = _small_root(w)
+        stretched = (z - self.shift(context)) * (-log_scale).exp()
+        half = _solve(root, matvec(w.mT, stretched), upper=False)
+        u = stretched - matvec(w, _solve(root.mT, half, upper=True))
+        return u, -self._log_det(log_scale, root).expand(z.shape[:-1])
+
+    @staticmethod
+    def _log_det(log_scale: Tensor, root: Tensor) -> Tensor:
+        return log_scale.sum(-1) + 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def _dense(self, context: Tensor | None) -> Tensor:
+        w = self.loadings(context)
+        eye = torch.eye(self.input_dim, dtype=w.dtype, device=w.device)
+        return self.log_scale(context).exp().unsqueeze(-1) * (eye + w @ w.mT)
+
+    def extra_repr(self) -> str:
+        """Dimensions and rank."""
+        return f"{super().extra_repr()}, rank={self.rank}"
 
 
 class Householder(Bijection):
@@ -166,6 +265,27 @@ class Householder(Bijection):
             ratio = (x * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True)
             x = x - 2 * ratio * v
         return x, x.new_zeros(x.shape[:-1])
+
+
+class Identity(Bijection):
+    """The map that leaves every point where it is: a flow of no layers.
+
+    Args:
+        input_dim: Number of coordinates.
+
+    Example:
+        >>> Identity(2)(torch.tensor([3.0, 4.0]))
+        (tensor([3., 4.]), tensor(0.))
+    """
+
+    def __init__(self, input_dim: int) -> None:
+        super().__init__(input_dim)
+
+    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return u, u.new_zeros(u.shape[:-1])
+
+    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z, z.new_zeros(z.shape[:-1])
 
 
 class Permutation(Bijection):
@@ -215,6 +335,12 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def _small_root(w: Tensor) -> Tensor:
+    r"""Cholesky factor of :math:`I_r + W^\top W`."""
+    eye = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    return torch.linalg.cholesky(eye + w.mT @ w)
 
 
 def _solve(matrix: Tensor, vector: Tensor, *, upper: bool) -> Tensor:

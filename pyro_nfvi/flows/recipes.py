@@ -22,6 +22,8 @@ from pyro_nfvi.flows.planar import Planar, Radial
 from pyro_nfvi.flows.spline import RationalQuadraticSpline
 from pyro_nfvi.flows.transformers import Additive, Affine, Transformer
 
+MAX_SPLINE = 20
+
 
 def planar(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compose:
     """Planar flow of Rezende & Mohamed (2015), arXiv:1505.05770."""
@@ -80,6 +82,19 @@ def nsf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4, num_bins: 
     """Neural spline flow of Durkan et al. (2019), arXiv:1906.04032: spline couplings."""
     spline = RationalQuadraticSpline(num_bins, bound)
     return _couplings("nsf", input_dim, context_dim, num_layers, spline, hidden_dims, activation)
+
+
+def auto(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compose:
+    """The flow :class:`~pyro_nfvi.NFVI` takes if none is named, by the number of coordinates.
+
+    Up to 20 coordinates half as many spline couplings, which bend more; beyond, affine
+    couplings, which cost less.
+    """
+    check_positive_int("auto", "num_layers", num_layers)
+    if check_positive_int("auto", "input_dim", input_dim) > MAX_SPLINE:
+        return realnvp(input_dim, context_dim, num_layers=num_layers)
+    return nsf(input_dim, context_dim, num_layers=(num_layers + 1) // 2, num_bins=5,
+               hidden_dims=(32, 32))
 
 
 def _stack(owner: str, num_layers: int, layer: Callable[[int], Bijection]) -> Compose:

@@ -490,17 +490,23 @@ def _product(lowering: Lowering, node: fx.Node, *args: Value, beta: float = 1, a
     return lowering.apply(text, [bias[0], result], node.meta["dtype"], node)
 
 
+def _only_fails(user: fx.Node) -> bool:
+    """Whether a use of `info` does no more than raise, or put nan where there is no factor."""
+    return opname(user) == "_linalg_check_errors" or (
+        opname(user) == "ge" and user.args[1] == 1)
+
+
 @rule("linalg_cholesky_ex")
 def _cholesky(lowering: Lowering, node: fx.Node, x: Value, upper: bool = False, **_: Any) -> list:
     if upper:
         raise Unsupported("an upper Cholesky factor")
     infos = [part for part in node.users if part.args[1] == 1]
-    if any(opname(user) != "_linalg_check_errors" for part in infos for user in part.users):
+    if not all(_only_fails(user) for part in infos for user in part.users):
         raise Unsupported("a Cholesky factor whose `info` is used")
     source = lowering.view(x)
     out = lowering.like(lowering.row_major(source))
     lowering.schedule.kernel(products.cholesky(source, out), [source], [out])
-    info = Number(tuple(source.shape[:-2]), torch.int32, value=0)
+    info = Number(tuple(source.shape[:-2]), torch.int32, value=0)  # the factor is nan itself
     return [out, info]
 
 
