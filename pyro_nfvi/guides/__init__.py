@@ -5,8 +5,15 @@
 vector.
 """
 
-from pyro_nfvi.guides.auto_flow import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
+from pyro_nfvi.guides.auto_flow import (
+    AutoFlow,
+    AutoGaussian,
+    AutoIAF,
+    AutoPlanar,
+    AutoRadial,
+    AutoSpline,
+)
 from pyro_nfvi.guides.layout import LatentLayout, LatentSite
 
-__all__ = ["AutoFlow", "AutoIAF", "AutoPlanar", "AutoRadial", "AutoSpline", "LatentLayout",
-           "LatentSite"]
+__all__ = ["AutoFlow", "AutoGaussian", "AutoIAF", "AutoPlanar", "AutoRadial", "AutoSpline",
+           "LatentLayout", "LatentSite"]

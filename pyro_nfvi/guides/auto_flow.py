@@ -30,6 +30,8 @@ from pyro_nfvi.flows import (
     Flow,
     FromTransform,
     Gaussian,
+    Identity,
+    Triangular,
     iaf,
     nsf,
     planar,
@@ -67,7 +69,8 @@ class AutoFlow(AutoContinuous):
         init_scale: Standard deviation of the unconstrained latents at the start.
         base: Function from the number of latents to the noise. Default: Gaussian.
         affine: Function from the number of latents to the affine map:
-            :class:`~pyro_nfvi.flows.Diagonal` or :class:`~pyro_nfvi.flows.Triangular`.
+            :class:`~pyro_nfvi.flows.Diagonal` (the default), say, or
+            :class:`~pyro_nfvi.flows.Triangular`.
         create_plates: Function of the model's arguments that returns its plates, for data
             subsampling.
         **options: Options of the recipe, such as ``num_layers``.
@@ -92,16 +95,18 @@ class AutoFlow(AutoContinuous):
     """
 
     default_recipe: Recipe = staticmethod(realnvp)
+    default_affine: Callable[[int], Bijection] = Diagonal
     layout: LatentLayout  # set by the first call, as what follows
     prototype_trace: Any
 
     def __init__(self, model: Callable, recipe: Recipe | None = None, *,
                  init_loc_fn: Callable = init_to_median, init_scale: float = 0.1,
                  base: Callable[[int], Base] = Gaussian,
-                 affine: Callable[[int], Bijection] = Diagonal,
+                 affine: Callable[[int], Bijection] | None = None,
                  create_plates: Callable | None = None, **options: Any) -> None:
         owner = type(self).__name__
         recipe = type(self).default_recipe if recipe is None else recipe
+        affine = type(self).default_affine if affine is None else affine
         _check_callables(owner, model=model, recipe=recipe, init_loc_fn=init_loc_fn, base=base,
                          affine=affine)
         self.init_scale = check_positive_float(owner, "init_scale", init_scale)
@@ -147,6 +152,27 @@ class AutoFlow(AutoContinuous):
                     self._base_recipe(self.latent_dim))
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
         _set_affine(flow.bijection.layers[-1], loc, self.init_scale)
+
+    def whiten(self, frame: Bijection, base: Base | None = None,
+               affine: Bijection | None = None) -> AutoFlow:
+        """Start over inside fixed coordinates, those of a Gaussian fitted before, say.
+
+        The flow and its affine map, the identity again, then work between ``base`` and
+        ``frame``: wherever the posterior is and however it is scaled, steps of one size suit it.
+
+        Args:
+            frame: Bijection of as many coordinates, which is not learned.
+            base: Noise. Default: the guide's own.
+            affine: Affine map between the flow and the frame. Default: the guide's own, anew.
+
+        Returns:
+            The guide itself.
+        """
+        flow, like = self._modules["flow"], frame.shift  # _flow() would leave it in Pyro's store
+        affine = self._affine_recipe(self.latent_dim) if affine is None else affine
+        layers = [self._bijection(), affine, frame]
+        self.flow = Flow(Compose(layers), flow.base if base is None else base).to(like)
+        return self
 
     def _bijection(self) -> Bijection:
         made = self.recipe(self.latent_dim)
@@ -300,10 +326,14 @@ class AutoFlow(AutoContinuous):
         with forked_rng(seed=0):
             u = flow.base.rsample((NUM_QUANTILE_DRAWS // 2,))
         u = torch.cat([u, -u, torch.zeros_like(u[:1])]) if flow.base.symmetric else u
-        *inner, affine = flow.bijection.layers
+        inner, affine, *frame = flow.bijection.layers
         shift = affine.shift()
         zero = {"shift.value": torch.zeros_like(shift)}
-        return shift, functional_call(affine, zero, (Compose(inner)(u)[0],))[0]
+        centred = functional_call(affine, zero, (inner(u)[0],))[0]
+        for layer in frame:
+            shift, _ = layer(shift)
+            centred = functional_call(layer, {"shift": torch.zeros_like(shift)}, (centred,))[0]
+        return shift, centred
 
     # ------------------------------------------------------------------ copies
 
@@ -329,6 +359,18 @@ class AutoFlow(AutoContinuous):
         for name, value in self.__dict__.items():
             new.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
         return new
+
+
+class AutoGaussian(AutoFlow):
+    """:class:`AutoFlow` without a flow: a Gaussian, or another base under an affine map.
+
+    Its ``affine`` map decides which Gaussian: :class:`~pyro_nfvi.flows.Triangular` (full
+    covariance, the default), :class:`~pyro_nfvi.flows.LowRank` or
+    :class:`~pyro_nfvi.flows.Diagonal`.
+    """
+
+    default_recipe = Identity
+    default_affine = Triangular
 
 
 class AutoPlanar(AutoFlow):

@@ -100,6 +100,10 @@ class LatentLayout:
     def __iter__(self) -> Iterator[LatentSite]:
         return iter(self.sites)
 
+    def at(self, coordinate: int) -> LatentSite:
+        """The site that a coordinate of the flat vector belongs to."""
+        return next(site for site in self.sites if coordinate < site.start + site.size)
+
     def split(self, z: Tensor) -> dict[str, Tensor]:
         """Unconstrained values ``(*sample, *site.unconstrained_shape)`` of every site."""
         z = check_tensor("LatentLayout", "z", z, self.size)
