@@ -103,7 +103,7 @@ def picture(posterior: Posterior, flow: dict[str, np.ndarray], nuts: dict[str, n
 def fit(name: str, num_steps: int, out: Path) -> tuple[float, float]:
     """Fit one form; print, draw and write it; return k-hat and the largest gap to NUTS."""
     model = {"centred": centred, "non_centred": non_centred}[name]
-    posterior = NFVI(model, num_steps=num_steps, dtype=torch.float64, seed=0).run(SIGMA, y=Y)
+    posterior = NFVI(model, num_steps=num_steps, seed=0).run(SIGMA, y=Y)
     print(f"\n{name}\n{posterior.summary()}")
     data = posterior.to_arviz(num_samples=10_000, coords={"school": SCHOOLS})
     draws, nuts = flat(data), nuts_draws()
@@ -117,7 +117,7 @@ def main() -> None:
     """Fit both forms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where files go")
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=3000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("centred", "non_centred"):

@@ -72,11 +72,11 @@ def main() -> None:
     """Fit, report, and predict held-out biopsies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where files go")
-    parser.add_argument("--num-steps", type=int, default=1000)
+    parser.add_argument("--num-steps", type=int, default=3000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     x, x_test, y, y_test, names = data()
-    posterior = NFVI(model, num_steps=options.num_steps, dtype=torch.float64, seed=0).run(x, y=y)
+    posterior = NFVI(model, num_steps=options.num_steps, seed=0).run(x, y=y)
     print(posterior.summary())
     probability = predict(posterior, x_test)
     accuracy = ((probability > 0.5) == (y_test > 0.5)).double().mean()

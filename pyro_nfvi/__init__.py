@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp
-    from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
-    from pyro_nfvi.inference import ELBO, CompiledTrace_ELBO
+    from pyro_nfvi.guides import (
+        AutoFlow,
+        AutoGaussian,
+        AutoIAF,
+        AutoPlanar,
+        AutoRadial,
+        AutoSpline,
+    )
+    from pyro_nfvi.inference import ELBO, AutoPathfinder, CompiledTrace_ELBO
     from pyro_nfvi.nfvi import NFVI
     from pyro_nfvi.posterior import Posterior
 
@@ -21,7 +28,9 @@ __all__ = [
     "ELBO",
     "NFVI",
     "AutoFlow",
+    "AutoGaussian",
     "AutoIAF",
+    "AutoPathfinder",
     "AutoPlanar",
     "AutoRadial",
     "AutoSpline",
@@ -37,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference",
+          "AutoPathfinder": "inference",
           "CompiledTrace_ELBO": "inference"}
 
 

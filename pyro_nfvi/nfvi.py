@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -9,20 +11,22 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
 from pyro_nfvi.engine import check_tier
-from pyro_nfvi.flows import Flow, Triangular, nsf
-from pyro_nfvi.guides import AutoFlow
-from pyro_nfvi.inference import ELBO, History, LogJoint, Loop
+from pyro_nfvi.flows import auto
+from pyro_nfvi.guides import AutoFlow, LatentLayout
+from pyro_nfvi.inference import ELBO, History, LogJoint
 from pyro_nfvi.inference.log_joint import default_dtype, is_data
+from pyro_nfvi.inference.stages import Options, Stages
 from pyro_nfvi.posterior import Posterior
 
-AFFINE_STEPS = 0.3  # fraction of the steps that move the affine map alone
-AFFINE_LR = 0.1
+NUM_CALLS = 3  # of the model, to see whether it changes
 
 
 class NFVI:
@@ -30,22 +34,28 @@ class NFVI:
 
     .. math:: \max_\phi\ \mathbb E_{q_\phi}\left[\log p(x, z) - \log q_\phi(z)\right]
 
-    Two stages of Adam, each with a one-cycle rate, clipped gradients and rollback: the affine
-    map of the guide alone, which finds place and scale; then the whole flow by the path
-    gradient.
+    As little as will do, as much as it takes: first Gaussians, found from many starts by
+    Pathfinder and batch and match, with heavier tails if the weights ask for them; then the
+    flow inside the Gaussian's coordinates, by Adam along the path gradient until the ELBO is
+    flat; then the flow with more particles. The fit ends after the first stage whose draws
+    pass: k-hat below 0.5, effective draws above 60%, and short Hamiltonian chains that stay.
 
     Args:
         model: A Pyro model whose latents are continuous.
         guide: An :class:`~pyro_nfvi.AutoFlow` to fit; one that is already trained goes on from
-            where it is. Default: a neural spline flow under a full affine map.
+            where it is, with one stage of the flow. Default: the recipe
+            :func:`~pyro_nfvi.flows.auto`.
         objective: What to maximise. Default: the ELBO by its path gradient.
         num_particles: Draws of each step.
-        num_steps: Number of steps.
+        num_steps: Largest number of steps of a stage.
         lr: Largest learning rate of the flow.
+        max_seconds: Time for the fit. A stage lets its rate fall before it is up, and ends with
+            it.
         seed: Makes the run reproducible, and leaves the global random state as it was. Default:
             the global random state.
         dtype: Floating-point type of the fit; floating-point arguments are converted to it.
-            Default: the model's own.
+            Default: double precision on a CPU, unless the model holds tensors of another type
+            that do not mix; elsewhere the model's own.
         device: Where to run; tensor arguments are moved there. Default: where they are.
         compile: How the steps are computed: ``"auto"`` takes the fastest way that works, and
             :attr:`Posterior.engine` says which; ``"eager"`` runs the model as it is, step by
@@ -72,7 +82,8 @@ class NFVI:
 
     def __init__(self, model: Callable, guide: AutoFlow | None = None, *,
                  objective: Callable | None = None, num_particles: int = 256,
-                 num_steps: int = 1000, lr: float = 0.03, seed: int | None = None,
+                 num_steps: int = 3000, lr: float = 0.03,
+                 max_seconds: float = math.inf, seed: int | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                  compile: str = "auto", progress: bool = True) -> None:
         self.model, self.guide = _checked_model(model), _checked_guide(guide)
@@ -80,6 +91,7 @@ class NFVI:
         self.num_particles = check_positive_int("NFVI", "num_particles", num_particles)
         self.num_steps = check_positive_int("NFVI", "num_steps", num_steps)
         self.lr = check_positive_float("NFVI", "lr", lr)
+        self.max_seconds = _checked_seconds(max_seconds)
         self.seed, self.dtype = _checked_seed(seed), _checked_dtype(dtype)
         self.device, self.compile = _checked_device(device), check_tier("NFVI", compile)
         self.progress = progress
@@ -96,76 +108,107 @@ class NFVI:
             ValueError: If the guide cannot handle the model, an observed value is NaN, or the
                 log joint is not finite at the start.
         """
-        args, kwargs = self._converted(args), self._converted(kwargs)
         random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
-        with random_state, default_dtype(self.dtype):
-            guide = AutoFlow(self.model, nsf, affine=Triangular) if self.guide is None \
-                else self.guide
-            fresh = guide.prototype_trace is None
-            guide.setup(*args, **kwargs).to(dtype=self.dtype, device=self.device)
-            log_joint = self._log_joint(guide, args, kwargs)
-            history = self._fit(guide, log_joint, fresh)
-            posterior = Posterior(guide, log_joint, history)
-            with suppress(KeyboardInterrupt):  # draws can wait, a fit must not be lost
-                _ = posterior.draws  # while the seed holds
-        _warn(history)
+        with random_state:
+            guide, fresh, log_joint = self._prepared(args, kwargs)
+            with default_dtype(log_joint.dtype):
+                stages = Stages(guide, log_joint, self._options())
+                stages.run() if fresh else stages.go_on()
+                posterior = Posterior(guide, log_joint, stages.history, stages.sample)
+                with suppress(KeyboardInterrupt):  # draws can wait, a fit must not be lost
+                    _ = posterior.draws  # while the seed holds
+        _warn(stages.history)
         return posterior
 
-    def _log_joint(self, guide: AutoFlow, args: tuple, kwargs: dict) -> LogJoint:
-        log_joint = LogJoint(self.model, args, kwargs, guide.layout, self.dtype)
+    def _prepared(self, args: tuple, kwargs: dict) -> tuple[AutoFlow, bool, LogJoint]:
+        """The guide, whether it is new, and the log joint, in the type of the fit.
+
+        That is double precision on a CPU, unless the model holds on to another.
+        """
+        guide = self.guide or AutoFlow(self.model, auto)
+        fresh = guide.prototype_trace is None
+        dtype = torch.float64 if fresh else guide._flow().base.zeros.dtype
+        if self.dtype is None and (self.device is None or self.device.type == "cpu"):
+            try:
+                return guide, fresh, self._set_up(guide, args, kwargs, dtype)
+            except RuntimeError:  # single precision inside the model, or an error it has anyway
+                guide.prototype_trace = None if fresh else guide.prototype_trace
+        return guide, fresh, self._set_up(guide, args, kwargs, self.dtype)
+
+    def _set_up(self, guide: AutoFlow, args: tuple, kwargs: dict, dtype: torch.dtype | None
+                ) -> LogJoint:
+        args, kwargs = self._converted(args, dtype), self._converted(kwargs, dtype)
+        with default_dtype(dtype):
+            try:
+                guide.setup(*args, **kwargs).to(dtype=dtype, device=self.device)
+            except ValueError as error:
+                _blame(guide, args, kwargs, error)
+            return self._log_joint(guide, args, kwargs, dtype)
+
+    def _options(self) -> Options:
+        deadline = time.monotonic() + self.max_seconds
+        return Options(self.objective, self.num_particles, self.num_steps, self.lr, self.compile,
+                       self.progress, deadline)
+
+    def _log_joint(self, guide: AutoFlow, args: tuple, kwargs: dict, dtype: torch.dtype | None
+                   ) -> LogJoint:
+        log_joint = LogJoint(self.model, args, kwargs, guide.layout, dtype)
         z = guide._flow().rsample_and_log_prob((2,))[0].detach()
+        _check_sites(log_joint)
         _check_data(log_joint, z[0])
         log_joint.try_batched(z)
         if not log_joint.batched:
             warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
-                          f"which is slow: {log_joint.reason}", stacklevel=3)
+                          f"which is slow: {log_joint.reason}", stacklevel=5)
         return log_joint
 
-    def _fit(self, guide: AutoFlow, log_joint: LogJoint, fresh: bool) -> History:
-        flow = guide._flow()
-        steps = round(AFFINE_STEPS * self.num_steps) if fresh else 0
-        history = History()
-        if steps:
-            affine = flow.bijection.layers[-1]
-            history += self._stage("affine", _without_identity(flow), ELBO(path_gradient=False),
-                                   affine, log_joint, steps, AFFINE_LR)
-        if not history.interrupted and not history.stopped and steps < self.num_steps:
-            history += self._stage("flow", flow, self.objective, flow, log_joint,
-                                   self.num_steps - steps, self.lr)
-        return history
-
-    def _stage(self, name: str, flow: Flow, objective: Callable, trained: nn.Module,
-               log_joint: LogJoint, num_steps: int, lr: float) -> History:
-        def estimates() -> tuple[Tensor, Tensor]:
-            return objective(flow, log_joint, self.num_particles)
-        z = flow.rsample_and_log_prob(())[0].detach()
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-        parameters += log_joint.parameters(z).values()
-        loop = Loop(parameters, estimates, log_joint.first_bad_site, num_steps, lr,
-                    self.progress, f"NFVI {name}", self.compile)
-        history = loop.run()
-        if not history.elbo and not history.interrupted:
-            raise ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
-                             f"{history.rollbacks[-1][1]}. Start elsewhere: AutoFlow(model, "
-                             "init_loc_fn=..., init_scale=...).")
-        return history
-
-    def _converted(self, values: Any) -> Any:
+    def _converted(self, values: Any, dtype: torch.dtype | None) -> Any:
         def convert(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            dtype = self.dtype if value.is_floating_point() else None
-            return value.to(dtype=dtype, device=self.device)
+            return value.to(dtype=dtype if value.is_floating_point() else None,
+                            device=self.device)
         return tree_map(convert, values)
 
 
-def _without_identity(flow: Flow) -> Flow:
-    """The flow less the layers before its affine map, if they still are the identity."""
-    *inner, affine = flow.bijection.layers
-    u = flow.base.rsample((16,)).detach()
-    with torch.no_grad():
-        still = all(torch.allclose(layer(u)[0], u, atol=1e-5) for layer in inner)
-    return Flow(affine, flow.base) if still else flow
+def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> None:
+    """Name the site that is not finite where the guide would start, if that is the error."""
+    with suppress(Exception), pyro.validation_enabled(False), forked_rng():
+        trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and not node["log_prob"].isfinite().all():
+                error = ValueError(f"NFVI: the log joint is not finite at the start; first bad "
+                                   f"site {name!r}. Start elsewhere: AutoFlow(model, "
+                                   "init_loc_fn=..., init_scale=...).")
+                break
+    raise error
+
+
+def _check_sites(log_joint: LogJoint) -> None:
+    """Refuse a model whose latent sites are not the same at each call."""
+    for _ in range(NUM_CALLS):
+        try:
+            with log_joint.surroundings(), forked_rng(), poutine.trace() as trace:
+                log_joint.model(*log_joint.args, **log_joint.kwargs)
+        except (NotImplementedError, torch.linalg.LinAlgError):  # a prior that has no draws,
+            return  # or one whose draws are too wild for the model
+        _compare_sites(log_joint.layout, trace.trace.nodes)
+
+
+def _compare_sites(layout: LatentLayout, nodes: dict) -> None:
+    shapes = {name: tuple(node["value"].shape) for name, node in nodes.items()
+              if node["type"] == "sample" and not node["is_observed"]
+              and not site_is_subsample(node)}
+    for site in layout:
+        now = shapes.pop(site.name, None)
+        if now != tuple(site.shape):
+            raise ValueError(f"NFVI expected the model to have the same latent sites at each call; "
+                             f"{site.name!r} was of shape {tuple(site.shape)} and now is "
+                             f"{'gone' if now is None else now}. Fix what its shape depends on.")
+    if shapes:
+        raise ValueError(f"NFVI expected the model to have the same latent sites at each call; "
+                         f"{min(shapes)!r} is new. Fix what it depends on.")
 
 
 def _check_data(log_joint: LogJoint, z: Tensor) -> None:
@@ -179,6 +222,22 @@ def _check_data(log_joint: LogJoint, z: Tensor) -> None:
             raise ValueError(f"NFVI expected site {name!r} to be observed with numbers, got {bad} "
                              "NaN. Drop them, or hide them: poutine.mask(mask=~y.isnan()) around "
                              "the site and y.nan_to_num() as its value.")
+        if bad := _num_outside(node):
+            raise ValueError(f"NFVI expected site {name!r} to be observed within the support of "
+                             f"its distribution, {node['fn'].support}, got {bad} outside. Mend the "
+                             "data, or choose another likelihood.")
+
+
+def _num_outside(node: dict) -> int:
+    """Number of observed values that the site's distribution cannot give."""
+    mask = node["mask"]
+    if not pyro.settings.get("validate_distributions_pyro"):
+        return 0
+    try:
+        outside = ~node["fn"].support.check(node["value"])
+    except NotImplementedError:  # no such check
+        return 0
+    return int((outside if mask is None else outside & mask).sum())
 
 
 def _warn(history: History) -> None:
@@ -210,6 +269,14 @@ def _checked_objective(objective: Any) -> Callable:
         raise ValueError(f"NFVI expected `objective` to be one such as ELBO(), got {objective!r}.")
     checked: Callable = objective
     return checked
+
+
+def _checked_seconds(max_seconds: Any) -> float:
+    number = isinstance(max_seconds, (int, float)) and not isinstance(max_seconds, bool)
+    if not number or not max_seconds > 0:
+        raise ValueError(f"NFVI expected `max_seconds` to be a positive number, got "
+                         f"{max_seconds!r}.")
+    return float(max_seconds)
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | None:

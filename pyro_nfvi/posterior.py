@@ -30,6 +30,7 @@ class Posterior:
         guide: The fitted guide.
         log_joint: The model and its data.
         history: What happened during the fit.
+        draws: The draws behind every statistic. Default: new ones.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -43,10 +44,13 @@ class Posterior:
         torch.Size([3])
     """
 
-    def __init__(self, guide: AutoFlow, log_joint: LogJoint, history: History) -> None:
+    def __init__(self, guide: AutoFlow, log_joint: LogJoint, history: History,
+                 draws: ImportanceSample | None = None) -> None:
         self.guide = guide
         self.log_joint = log_joint
         self.history = history
+        if draws is not None:
+            self.draws = draws
 
     @property
     def _flow(self) -> Any:

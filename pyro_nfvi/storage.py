@@ -13,17 +13,31 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from torch import nn
 
 from pyro_nfvi import flows, guides
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.engine import Engine
+from pyro_nfvi.flows import (
+    Compose,
+    Diagonal,
+    FixedLinear,
+    FixedLowRank,
+    Flow,
+    Gaussian,
+    LowRank,
+    MixtureOfFlows,
+    MultivariateStudentT,
+    StudentT,
+    Triangular,
+)
 from pyro_nfvi.guides import AutoFlow
-from pyro_nfvi.inference import History, LogJoint
+from pyro_nfvi.inference import History, LogJoint, Stage
 from pyro_nfvi.inference.log_joint import default_dtype
 
 FORMAT = "pyro_nfvi posterior"
-VERSION = 1
-PARTS = {"version", "guide", "state", "args", "kwargs", "dtype", "history", "model_params"}
+VERSION = 2
+PARTS = {"version", "guide", "flow", "state", "args", "kwargs", "dtype", "history", "model_params"}
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -36,7 +50,8 @@ def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: H
     origin = guide._flow().base.zeros
     content = {
         "format": FORMAT, "version": VERSION,
-        "guide": _guide_config(guide), "state": dict(guide.state_dict()),
+        "guide": _guide_config(guide), "flow": _flow_config(guide._flow()),
+        "state": dict(guide.state_dict()),
         "args": _encoded(log_joint.args), "kwargs": _encoded(log_joint.kwargs),
         "dtype": log_joint.dtype, "history": asdict(history),
         "model_params": {k: v.detach() for k, v in log_joint.parameters(origin).items()}}
@@ -66,7 +81,7 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
     guide = _built_guide(content["guide"], model) if guide is None else guide
     with default_dtype(content["dtype"]):
         guide.setup(*args, **kwargs)
-    _load_state(guide, content["state"], path)
+    _load_state(guide, content["flow"], content["state"], path)
     log_joint = LogJoint(model, args, kwargs, guide.layout, content["dtype"])
     z = guide._flow().rsample_and_log_prob((2,))[0].detach()
     log_joint.try_batched(z)
@@ -75,8 +90,9 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
 
 
 def _history(content: dict[str, Any]) -> History:
-    engines = [Engine(**engine) for engine in content.pop("engines", [])]
-    return History(**content, engines=engines)
+    engines = [Engine(**engine) for engine in content.pop("engines")]
+    stages = [Stage(**stage) for stage in content.pop("stages")]
+    return History(**content, engines=engines, stages=stages)
 
 
 def _checked_content(path: str | PathLike) -> dict[str, Any]:
@@ -99,12 +115,14 @@ def _checked_content(path: str | PathLike) -> dict[str, Any]:
     return content
 
 
-def _load_state(guide: AutoFlow, state: dict[str, Any], path: str | PathLike) -> None:
+def _load_state(guide: AutoFlow, config: dict[str, Any], state: dict[str, Any],
+                path: str | PathLike) -> None:
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    guide.to(dtype=dtypes.pop() if len(dtypes) == 1 else None)
     try:
+        _fit_frame(guide, config)
+        guide.to(dtype=dtypes.pop() if len(dtypes) == 1 else None)
         guide.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"Posterior.load: the guide does not fit {str(path)!r}: {error}") from None
 
 
@@ -124,6 +142,56 @@ def _guide_config(guide: AutoFlow) -> dict[str, Any] | None:
     if not known or any(part is None for part in config.values()):
         return None
     return {"class": type(guide).__name__, **config}
+
+
+def _flow_config(flow: Flow) -> dict[str, Any]:
+    """What a fit has put around the guide's own flow: its affine map, a frame, other noise."""
+    _, affine, *frame = flow.bijection.layers
+    return {"affine": _module_config(affine), "frame": [_module_config(f) for f in frame],
+            "base": _module_config(flow.base)}
+
+
+def _module_config(module: nn.Module) -> dict[str, Any] | None:
+    """Class and sizes of a map or noise that a fit chose; None for one of the user's."""
+    dim, kind = module.input_dim, type(module)
+    if kind is MixtureOfFlows:
+        flows = [(_module_config(f.bijection), _module_config(f.base)) for f in module.flows]
+        sizes: list[Any] = [[list(pair) for pair in flows]]
+    elif kind in (FixedLowRank, LowRank):
+        sizes = [dim, (module.stretch if kind is FixedLowRank else module.loadings.value).shape[-1]]
+    elif kind in (Diagonal, Triangular, FixedLinear, Gaussian, MultivariateStudentT) or (
+            kind is StudentT and not any(True for _ in module.parameters())):
+        sizes = [dim]
+    else:
+        return None
+    return {"class": kind.__name__, "sizes": sizes}
+
+
+def _module(config: dict[str, Any]) -> Any:
+    """A module of that class and those sizes, whose numbers are still to be loaded."""
+    name, sizes = config["class"], config["sizes"]
+    if name == "MixtureOfFlows":
+        parts = [Flow(_module(bijection), _module(base)) for bijection, base in sizes[0]]
+        return MixtureOfFlows(parts, [1.0] * len(parts))
+    dim = sizes[0]
+    if name == "FixedLinear":
+        return FixedLinear(torch.zeros(dim), torch.eye(dim))
+    if name == "FixedLowRank":
+        return FixedLowRank(torch.zeros(dim), torch.ones(dim), torch.zeros(dim, sizes[1]),
+                            torch.zeros(sizes[1]))
+    if name == "StudentT":
+        return StudentT(dim, [5.0] * dim)
+    return _public(flows, name)(dim, **({"rank": sizes[1]} if name == "LowRank" else {}))
+
+
+def _fit_frame(guide: AutoFlow, config: dict[str, Any]) -> None:
+    """Put the same map, frame and noise around the guide's own flow as in the file."""
+    flow = guide._flow()
+    inner, affine, *_ = flow.bijection.layers
+    affine = affine if config["affine"] is None else _module(config["affine"])
+    base = flow.base if config["base"] is None else _module(config["base"])
+    layers = [inner, affine, *(_module(frame) for frame in config["frame"])]
+    guide.flow = Flow(Compose(layers), base)
 
 
 def _function_config(function: Callable) -> dict[str, Any] | None:

@@ -29,12 +29,19 @@ from pyro_nfvi.flows import (
     Compose,
     Coupling,
     Diagonal,
+    FixedLinear,
+    FixedLowRank,
+    Flow,
     FromTransform,
     Gaussian,
     Householder,
+    Identity,
     Inverse,
+    LowRank,
     LULinear,
     Mixture,
+    MixtureOfFlows,
+    MultivariateStudentT,
     Permutation,
     Planar,
     Radial,
@@ -46,7 +53,15 @@ from pyro_nfvi.flows import (
     maf,
     nice,
 )
-from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoRadial, AutoSpline
+from pyro_nfvi.guides import (
+    AutoFlow,
+    AutoGaussian,
+    AutoIAF,
+    AutoPlanar,
+    AutoRadial,
+    AutoSpline,
+)
+from pyro_nfvi.inference import AutoPathfinder
 
 # ------------------------------------------------------------------ flows
 
@@ -56,22 +71,49 @@ TRANSFORMERS: dict[str, Callable[[], Transformer]] = {
     "spline": RationalQuadraticSpline,
 }
 
+
+def mixture_of_flows(input_dim: int) -> MixtureOfFlows:
+    """A full and a diagonal Gaussian, away from where they start."""
+    flows = [Flow(Triangular(input_dim)), Flow(Diagonal(input_dim))]
+    return MixtureOfFlows([testing.perturb(flow, 1.0) for flow in flows], weights=[3.0, 1.0])
+
+
 BASES: dict[str, Callable[[int], Base]] = {
     "gaussian": Gaussian,
     "student-t": StudentT,
     "student-t-learned": partial(StudentT, df=3.0, learn=True),
+    "multivariate-student-t": MultivariateStudentT,
     "mixture": partial(Mixture, num_components=3),
+    "mixture-of-flows": mixture_of_flows,
 }
 
 RECIPES: dict[str, Callable[..., Bijection]] = {
     name: partial(getattr(flows, name), num_layers=2)
     for name in ("planar", "radial", "iaf", "maf", "nice", "realnvp", "nsf")
 }
+RECIPES["auto"] = flows.auto
 
 
 def reversal(input_dim: int, context_dim: int = 0) -> Permutation:
     """The coordinates in reverse order."""
     return Permutation(range(input_dim)[::-1])
+
+
+def fixed_linear(input_dim: int, context_dim: int = 0) -> FixedLinear:
+    """A shift and a lower-triangular matrix, the same at every call."""
+    place = torch.linspace(-1, 1, input_dim, dtype=torch.float64)
+    factor = torch.outer(place, 1 + place).tril(-1) + (0.5 + place.square()).diag()
+    return FixedLinear(2 * place - 0.5, factor)
+
+
+def fixed_low_rank(input_dim: int, context_dim: int = 0) -> FixedLowRank:
+    """Scales, and up to two directions, one stretched and one squeezed."""
+    place = torch.linspace(-1, 1, input_dim, dtype=torch.float64)
+    rank = min(input_dim, 2)
+    columns = torch.stack([torch.ones_like(place), 0.3 + place], -1)[:, :rank]
+    directions = torch.linalg.qr(columns).Q
+    return FixedLowRank(2 * place - 0.5, 0.5 + place.square(), directions,
+                        torch.tensor([2.0, -0.6]).to(place)[:rank])
 
 
 def mixed_stack(input_dim: int, context_dim: int = 0) -> Compose:
@@ -115,8 +157,13 @@ BIJECTIONS: dict[str, Callable[[int, int], Bijection]] = {
     "diagonal": Diagonal,
     "triangular": Triangular,
     "lu": LULinear,
+    "low-rank": LowRank,
+    "low-rank-one": partial(LowRank, rank=1),
     "householder": Householder,
+    "identity": lambda input_dim, context_dim: Identity(input_dim),
     "permutation": reversal,
+    "fixed-linear": fixed_linear,
+    "fixed-low-rank": fixed_low_rank,
     "planar": Planar,
     "radial": Radial,
     "sylvester": Sylvester,
@@ -140,11 +187,14 @@ for _name, _recipe in RECIPES.items():
     BIJECTIONS[f"recipe-{_name}"] = _recipe
 
 # Cases that take no context.
-WITHOUT_CONTEXT = {"permutation", "from-torch", "from-pyro-spline", "from-pyro-inverse"}
+WITHOUT_CONTEXT = {"identity", "permutation", "fixed-linear", "fixed-low-rank", "from-torch",
+                   "from-pyro-spline", "from-pyro-inverse"}
 
 # Checks of properties that a case does not promise.
 NOT_PROMISED: dict[str, set[Callable[..., None]]] = {
     "permutation": {testing.check_identity_at_start},
+    "fixed-linear": {testing.check_identity_at_start},
+    "fixed-low-rank": {testing.check_identity_at_start},
     "from-torch": {testing.check_identity_at_start},
     "from-pyro-spline": {testing.check_identity_at_start},
     "from-pyro-inverse": {testing.check_identity_at_start},
@@ -174,9 +224,14 @@ GUIDES: dict[str, Callable[..., AutoFlow]] = {
     "default": AutoFlow,
     "maf": partial(AutoFlow, recipe=maf, num_layers=1, hidden_dims=(8,)),
     "nice": partial(AutoFlow, recipe=nice, num_layers=2, hidden_dims=(8,)),
+    "gaussian": AutoGaussian,
+    "pathfinder": AutoPathfinder,
     "triangular": partial(AutoPlanar, num_layers=1, affine=Triangular),
+    "low-rank": partial(AutoPlanar, num_layers=1, affine=LowRank),
     "student-t": partial(AutoPlanar, num_layers=1, base=partial(StudentT, learn=True)),
+    "multivariate-student-t": partial(AutoPlanar, num_layers=1, base=MultivariateStudentT),
     "mixture": partial(AutoPlanar, num_layers=1, base=partial(Mixture, num_components=2)),
+    "mixture-of-flows": partial(AutoPlanar, num_layers=1, base=mixture_of_flows),
     "from-pyro": partial(AutoFlow, recipe=pyro_spline),
     "from-zuko": partial(AutoFlow, recipe=zuko_transform),
 }

@@ -15,7 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_the_readme_runs_from_top_to_bottom(monkeypatch, capsys):
     matplotlib.use("Agg")
-    defaults = {**NFVI.__init__.__kwdefaults__, "num_steps": 600}  # time for a test
+    defaults = {**NFVI.__init__.__kwdefaults__, "num_steps": 1500}  # time for a test
     monkeypatch.setattr(NFVI.__init__, "__kwdefaults__", defaults)
     pyro.clear_param_store()
     namespace: dict = {}

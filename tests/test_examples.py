@@ -19,7 +19,7 @@ def load(name):
 
 @pytest.mark.parametrize("form", ["centred", "non_centred"])
 def test_eight_schools_agrees_with_nuts(form, tmp_path):
-    pareto_k, gap = load("eight_schools").fit(form, 600, tmp_path)
+    pareto_k, gap = load("eight_schools").fit(form, 1500, tmp_path)
     assert pareto_k < 0.7
     assert gap < 0.1  # posterior standard deviations
     assert {p.suffix for p in tmp_path.iterdir()} == {".png", ".nc"}

@@ -20,10 +20,24 @@ from torch.distributions import constraints
 from pyro_nfvi import NFVI, AutoFlow, AutoIAF, AutoPlanar, Posterior, nsf, planar, realnvp
 from pyro_nfvi.diagnostics import verdict
 from pyro_nfvi.engine import Engine
-from pyro_nfvi.flows import Compose, Diagonal, Mixture, Planar, StudentT, Triangular
-from pyro_nfvi.guides import AutoRadial
-from pyro_nfvi.inference import History, ImportanceSample, LogJoint
+from pyro_nfvi.flows import (
+    Compose,
+    Diagonal,
+    FixedLinear,
+    FixedLowRank,
+    Flow,
+    LowRank,
+    Mixture,
+    MixtureOfFlows,
+    MultivariateStudentT,
+    Planar,
+    StudentT,
+    Triangular,
+)
+from pyro_nfvi.guides import AutoGaussian, AutoRadial
+from pyro_nfvi.inference import AutoPathfinder, History, ImportanceSample, LogJoint, Stage
 from pyro_nfvi.posterior import NUM_SAMPLES
+from pyro_nfvi.testing import perturb
 
 mpl.use("Agg")
 DOUBLE = torch.float64
@@ -52,6 +66,13 @@ def funnel():
     pyro.sample("x", dist.Normal(torch.zeros(5), (log_scale / 2).exp()).to_event(1))
 
 
+def bent(y):
+    """A posterior along a parabola, which no Gaussian follows."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    pyro.sample("y", dist.Normal(b + a ** 2, 0.5), obs=y[0])
+
+
 def fit(model, *args, guide=None, **kwargs):
     guide = AutoPlanar(model, num_layers=1, affine=Triangular) if guide is None else guide
     run = NFVI(model, guide, **{"num_particles": 16, "num_steps": 10, "seed": 0,
@@ -62,6 +83,12 @@ def fit(model, *args, guide=None, **kwargs):
 @pytest.fixture(scope="module")
 def good():
     return fit(conjugate, Y, num_steps=300, lr=0.05, dtype=DOUBLE)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A fit that went through the flow, twice."""
+    return fit(bent, Y)
 
 
 def set_gaussian(model, args, mean, deviation):
@@ -197,7 +224,7 @@ def test_a_bad_fit_is_not_to_be_trusted_and_says_what_to_do(posterior):
     summary = posterior().summary()
     assert not summary.trusted
     assert summary.verdict.startswith(("Verdict: do not trust", "Verdict: too few"))
-    for way_out in ("num_steps", "num_particles", "guide", "NeuTraReparam"):
+    for way_out in ("num_steps", "guide", "NeuTraReparam"):
         assert way_out in summary.verdict
     assert "\n" not in summary.verdict
 
@@ -217,6 +244,31 @@ def test_the_verdict_mentions_a_fit_that_did_not_end(history, words, deviation):
     assert words in posterior.summary().verdict
 
 
+@pytest.mark.parametrize("deviation", [TRUE_DEVIATION, 0.02], ids=["good", "bad"])
+def test_a_concern_makes_any_fit_untrusted(deviation):
+    posterior = set_gaussian(conjugate, (Y.double(),), TRUE_MEAN, deviation)
+    posterior.history.concerns = ["chains drift away", "so do sheep"]
+    summary = posterior.summary()
+    assert not summary.trusted
+    assert summary.verdict.startswith("Verdict: do not trust these draws: chains drift away; so do "
+                                      "sheep. ")
+    assert "NeuTraReparam" in summary.verdict
+    assert "\n" not in summary.verdict
+
+
+@pytest.mark.parametrize(("num_heavy", "trusted"), [(300, False), (1500, True)],
+                         ids=["too-few", "enough"])
+def test_the_verdict_asks_for_a_tenth_of_the_draws(num_heavy, trusted):
+    log_p = torch.full((10_000,), -12.0, dtype=DOUBLE)
+    log_p[:num_heavy] = torch.rand(num_heavy, dtype=DOUBLE)
+    log_weights = log_p - log_p.logsumexp(0)
+    sample = ImportanceSample(torch.zeros(10_000, 1), log_p, 0 * log_p, log_weights, 0.3)
+    assert (sample.ess >= 1000) == trusted
+    answer, words = verdict(sample, History())
+    assert answer is trusted
+    assert trusted or ("too few effective draws" in words and "at least 1,000" in words)
+
+
 def test_a_posterior_is_worth_printing(good):
     text = repr(good)
     for words in ("Posterior(AutoPlanar", "mu: ()", "ELBO -", "k-hat", "of 10,000"):
@@ -225,13 +277,14 @@ def test_a_posterior_is_worth_printing(good):
 
 # ------------------------------------------------------------------ pictures
 
-def test_plot_elbo_returns_axes_with_the_stages(good):
-    ax = good.plot_elbo()
+def test_plot_elbo_returns_axes_with_the_stages(trained):
+    ax = trained.plot_elbo()
     assert isinstance(ax, mpl.axes.Axes)
     assert ax.get_xlabel() == "step"
     assert "ELBO" in ax.get_ylabel()
-    np.testing.assert_array_equal(ax.lines[0].get_ydata(), good.history.elbo)
-    assert ax.lines[2].get_xdata()[0] == good.history.stages[0][1]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), trained.history.elbo)
+    _, flow, _ = trained.history.stages
+    assert [line.get_xdata()[0] for line in ax.lines[2:]] == [flow.num_steps]
     mpl.pyplot.close(ax.figure)
 
 
@@ -244,7 +297,7 @@ def test_plot_elbo_draws_on_axes_of_yours(good):
 @pytest.mark.parametrize("length", [0, 1, 2, 60])
 def test_plot_elbo_takes_a_history_of_any_length(good, length):
     posterior = Posterior(good.guide, good.log_joint, History([1.0] * length,
-                                                              stages=[("NFVI affine", length)]))
+                                                              stages=[Stage("flow", length)]))
     mpl.pyplot.close(posterior.plot_elbo().figure)
 
 
@@ -284,6 +337,8 @@ GUIDES = {
     "affine": partial(AutoFlow, recipe=realnvp, affine=Triangular, num_layers=2),
     "base": partial(AutoPlanar, base=partial(StudentT, df=4.0, learn=True)),
     "mixture": partial(AutoPlanar, base=partial(Mixture, num_components=2)),
+    "no-flow": AutoGaussian,
+    "low-rank": partial(AutoPlanar, affine=partial(LowRank, rank=2)),
 }
 
 
@@ -301,8 +356,90 @@ def test_the_default_fit_comes_back_from_its_file(tmp_path):
 def test_a_loaded_fit_goes_on_training(good, tmp_path):
     loaded = round_trip(good, tmp_path, conjugate)
     again = fit(conjugate, Y, guide=loaded.guide, dtype=DOUBLE)
-    assert again.history.stages == [("NFVI flow", 10)]
+    assert [(stage.name, stage.num_steps) for stage in again.history.stages] == [("flow", 10)]
     assert loaded.summary().trusted
+
+
+# What a fit puts around the guide's flow, of two coordinates.
+FRAMES = {
+    "full": (lambda: FixedLinear(torch.randn(2), torch.tensor([[2.0, 0.0], [0.5, 0.1]])), None,
+             Triangular),
+    "low-rank": (lambda: FixedLowRank(torch.randn(2), torch.tensor([3.0, 0.1]),
+                                      torch.tensor([[0.6], [0.8]]), torch.tensor([2.0])), None,
+                 partial(LowRank, rank=1)),
+    "student-t": (lambda: FixedLinear(torch.randn(2), torch.eye(2)),
+                  partial(StudentT, df=[3.0, 7.0]), Triangular),
+    "multivariate-student-t": (lambda: FixedLinear(torch.randn(2), torch.eye(2)),
+                               partial(MultivariateStudentT, df=3.5), LowRank),
+    "mixture": (lambda: FixedLinear(torch.randn(2), torch.eye(2)), lambda dim: MixtureOfFlows(
+        [Flow(perturb(Triangular(dim))), Flow(FixedLowRank(
+            torch.ones(2), torch.ones(2), torch.eye(2), torch.tensor([1.0, -0.5]))),
+         Flow(perturb(Diagonal(dim)), MultivariateStudentT(dim, 4.0)),
+         Flow(FixedLinear(torch.zeros(2), torch.eye(2)), StudentT(dim, df=[2.0, 30.0]))],
+        [0.1, 0.2, 0.3, 0.4]), Diagonal),
+}
+
+
+def assert_equal_density(one, other, tmp_path):
+    z = one.guide._flow().rsample_and_log_prob((50,))[0].detach()
+    assert torch.equal(other.guide._flow().log_prob(z), one.guide._flow().log_prob(z))
+    draws = one.sample(20)
+    assert torch.equal(other.log_prob(draws), one.log_prob(draws))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_with_its_noise_comes_back_from_its_file(name, dtype, tmp_path):
+    make_frame, base, affine = FRAMES[name]
+    y = Y.to(dtype)
+    guide = AutoPlanar(bent, num_layers=2)
+    guide.setup(y).whiten(make_frame(), None if base is None else base(2), affine(2)).to(dtype)
+    perturb(guide._flow())
+    posterior = Posterior(guide, LogJoint(bent, (y,), {}, guide.layout, dtype), History([0.0]))
+    loaded = round_trip(posterior, tmp_path, bent)
+    assert_same_fit(posterior, loaded)
+    assert_equal_density(posterior, loaded, tmp_path)
+    assert repr(loaded.guide._flow()) == repr(guide._flow())
+
+
+def two_modes():
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    near, far = ((-0.5 * (x - place).square().sum(-1) / 0.25) for place in (-4.0, 4.0))
+    pyro.factor("modes", torch.logaddexp(near + math.log(0.3), far + math.log(0.7)))
+
+
+def heavy():
+    pyro.sample("x", dist.StudentT(4.0, torch.zeros(2), 1.0).to_event(1))
+
+
+def wide():
+    with pyro.plate("all", 410):
+        pyro.sample("x", dist.Normal(100.0, 0.1))
+
+
+@pytest.mark.parametrize(("model", "base", "frame"), [
+    (two_modes, MixtureOfFlows, FixedLinear),
+    (heavy, (StudentT, MultivariateStudentT), FixedLinear),
+    (wide, object, FixedLowRank),
+], ids=["mixture", "student-t", "low-rank"])
+def test_a_fit_of_the_gaussian_stage_comes_back_from_its_file(model, base, frame, tmp_path):
+    posterior = fit(model)
+    flow = posterior.guide._flow()
+    assert isinstance(flow.base, base)
+    assert isinstance(flow.bijection.layers[-1], frame) or model is two_modes
+    loaded = round_trip(posterior, tmp_path, model)
+    assert_same_fit(posterior, loaded)
+    assert_equal_density(posterior, loaded, tmp_path)
+    assert loaded.summary().trusted == posterior.summary().trusted
+
+
+def test_a_fit_of_pathfinder_comes_back_to_a_guide_of_its_kind(tmp_path):
+    posterior = fit(conjugate, Y, guide=AutoPathfinder(conjugate))
+    path = tmp_path / "fit.pt"
+    posterior.save(path)
+    loaded = Posterior.load(path, conjugate, guide=AutoPathfinder(conjugate))
+    assert_same_fit(posterior, loaded)
+    assert_equal_density(posterior, loaded, tmp_path)
 
 
 def regression(x, y):
@@ -322,14 +459,18 @@ def test_a_fit_in_double_precision_comes_back(tmp_path):
 
 def test_an_interrupted_history_comes_back(good, tmp_path):
     history = History([1.0, 2.0, math.inf], [(1, "'mu' (value inf)"), (2, "the gradient")], True,
-                      "why", [("NFVI affine", 1), ("NFVI flow", 2)])
-    assert round_trip(Posterior(good.guide, good.log_joint, history), tmp_path,
-                      conjugate).history == history
+                      "why", [Stage("Gaussian", gradients=300),
+                              Stage("flow", 3, 0.4, 0.5, -1.0, 48)], concerns=["drift"])
+    loaded = round_trip(Posterior(good.guide, good.log_joint, history), tmp_path, conjugate).history
+    assert math.isnan(loaded.stages[0].elbo)
+    loaded.stages[0] = history.stages[0]  # nan is not nan
+    assert loaded == history
+    assert loaded.gradients == 348
 
 
 def test_the_engines_of_a_fit_come_back(good, tmp_path):
     engine = Engine("fx", "c: an operation", 0.5, math.nan)
-    history = History([1.0], stages=[("NFVI flow", 1)], engines=[engine])
+    history = History([1.0], stages=[Stage("flow", 1, 0.0, 0.0, 0.0)], engines=[engine])
     loaded = round_trip(Posterior(good.guide, good.log_joint, history), tmp_path, conjugate)
     assert loaded.engine == engine
     assert loaded.engine.build_seconds == 0.5
@@ -337,15 +478,15 @@ def test_the_engines_of_a_fit_come_back(good, tmp_path):
     assert round_trip(good, tmp_path, conjugate).engine == good.engine
 
 
-def test_a_file_of_an_earlier_version_has_no_engine(good, tmp_path):
+def test_a_file_of_an_earlier_version_is_refused_in_a_sentence(good, tmp_path):
     path = tmp_path / "fit.pt"
     good.save(path)
     content = torch.load(path, weights_only=True)
-    del content["history"]["engines"]
-    torch.save(content, path)
-    loaded = Posterior.load(path, conjugate)
-    assert loaded.engine is None
-    assert loaded.history.elbo == good.history.elbo
+    del content["flow"]
+    torch.save({**content, "version": 1}, path)
+    with pytest.raises(ValueError, match="Posterior.load expected a file of Posterior.save, got "
+                                         ".*fit.pt"):
+        Posterior.load(path, conjugate)
 
 
 ARGUMENTS = {
@@ -570,7 +711,7 @@ def test_a_newer_file_asks_for_a_newer_library(good, tmp_path):
     path = tmp_path / "fit.pt"
     good.save(path)
     torch.save({**torch.load(path, weights_only=True), "version": 99}, path)
-    with pytest.raises(ValueError, match="up to version 1, got version 99: update pyro_nfvi"):
+    with pytest.raises(ValueError, match="up to version 2, got version 99: update pyro_nfvi"):
         Posterior.load(path, conjugate)
 
 

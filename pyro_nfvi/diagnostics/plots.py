@@ -26,8 +26,9 @@ def plot_elbo(history: History, ax: Any = None) -> Any:
     width = max(1, len(elbo) // 50)
     ax.plot(elbo, lw=0.5, alpha=0.4, label="each step")
     ax.plot(*_running_median(elbo, width), lw=1.8, label=f"median of {width} steps")
-    for end in np.cumsum([steps for _, steps in history.stages])[:-1]:
-        ax.axvline(end, color="0.6", ls=":", lw=1)
+    for end in np.cumsum([stage.num_steps for stage in history.stages]):
+        if 0 < end < len(elbo):
+            ax.axvline(end, color="0.6", ls=":", lw=1)
     ax.set(xlabel="step", ylabel="ELBO (nats)", ylim=_limits(elbo) if len(elbo) else None)
     ax.legend(frameon=False, loc="lower right")
     return ax

@@ -10,8 +10,8 @@ from pyro_nfvi import _arviz
 from pyro_nfvi.inference import History, ImportanceSample
 
 GOOD_K = 0.5  # below: the draws could do without weights
-MIN_ESS = 400.0  # ArviZ's own bar for an effective sample size
-EQUAL_ESS = 0.99  # weights this equal change nothing, whatever the shape of their tail
+MIN_ESS = 0.1  # fraction of the draws below which the weights rest on too few of them
+EQUAL_ESS = 0.999  # weights this equal change nothing, whatever the shape of their tail
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,17 @@ def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
     bar = min(1 - 1 / math.log10(max(sample.num_samples, 11)), 0.7)
     note = _note(history)
     k, ess = sample.pareto_k, sample.ess
+    if history.concerns:
+        return False, (f"Verdict: do not trust these draws: {'; '.join(history.concerns)}. "
+                       f"{note or _advice()}")
     if math.isfinite(k) and ess > EQUAL_ESS * sample.num_samples:
         return True, f"Verdict: good (the weights are all but equal).{_after(note)}"
     if not k < bar:
         return False, (f"Verdict: do not trust these draws (k-hat {k:.2f}, should be below "
                        f"{bar:.2f}): the guide misses part of the posterior. {note or _advice()}")
-    if ess < min(MIN_ESS, sample.num_samples / 10):
+    if ess < MIN_ESS * sample.num_samples:
         return False, (f"Verdict: too few effective draws ({ess:,.0f}, should be at least "
-                       f"{MIN_ESS:,.0f}). {note or _advice()}")
+                       f"{MIN_ESS * sample.num_samples:,.0f}). {note or _advice()}")
     if k < GOOD_K:
         return True, f"Verdict: good (k-hat below {GOOD_K}).{_after(note)}"
     return True, (f"Verdict: good after weighting (k-hat below {bar:.2f}); "
@@ -87,8 +90,9 @@ def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
 
 
 def _advice() -> str:
-    return ("Try more steps (num_steps), more particles (num_particles), another flow (guide), or "
-            "a reparametrized model; NeuTraReparam(guide) with NUTS is the safe way out.")
+    return ("What helps: a reparametrized model (LocScaleReparam for a hierarchy), a flow of more "
+            "layers (guide), more steps (num_steps), or exact draws through this guide: "
+            "NeuTraReparam(guide) with NUTS.")
 
 
 def _note(history: History) -> str:

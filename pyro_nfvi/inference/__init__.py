@@ -5,11 +5,12 @@ objective, :class:`Loop` the optimiser, and :func:`importance_sample` the draws 
 tell how good the fit is. :class:`CompiledTrace_ELBO` brings the compiled loop to Pyro's own SVI.
 """
 
+from pyro_nfvi.inference.auto_pathfinder import AutoPathfinder
 from pyro_nfvi.inference.compiled_elbo import CompiledTrace_ELBO
 from pyro_nfvi.inference.importance import ImportanceSample, importance_sample
 from pyro_nfvi.inference.log_joint import LogJoint
-from pyro_nfvi.inference.loop import History, Loop
+from pyro_nfvi.inference.loop import History, Loop, Stage
 from pyro_nfvi.inference.objectives import ELBO
 
-__all__ = ["ELBO", "CompiledTrace_ELBO", "History", "ImportanceSample", "LogJoint", "Loop",
-           "importance_sample"]
+__all__ = ["ELBO", "AutoPathfinder", "CompiledTrace_ELBO", "History", "ImportanceSample",
+           "LogJoint", "Loop", "Stage", "importance_sample"]

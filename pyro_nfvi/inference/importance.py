@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,8 @@ class ImportanceSample:
         terms = (self.log_p - self.log_q)[self.finite]
         if not len(terms):
             return float("-inf"), float("nan")
-        return terms.mean().item(), terms.std().item() / len(terms) ** 0.5
+        cut = math.log(len(terms) / self.num_samples)  # the guide where there is density
+        return terms.mean().item() + cut, terms.std().item() / len(terms) ** 0.5
 
     @property
     def finite(self) -> Tensor:

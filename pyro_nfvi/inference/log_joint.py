@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.guides.layout import LatentLayout
 from pyro_nfvi.guides.prototype import is_subsampled
+from pyro_nfvi.inference.factors import FactorsOrNan
 
 
 class LogJoint:
@@ -68,7 +69,7 @@ class LogJoint:
             self.batched, self.reason = False, str(error).splitlines()[0]
             return
         same = torch.allclose(single, batched, rtol=1e-3, atol=1e-3, equal_nan=True)
-        if not same and not self._subsamples(z[0]):
+        if not same and not self.subsamples(z[0]):
             self.batched, self.reason = False, "batched and single runs of the model differ"
 
     def trace(self, z: Tensor) -> Trace:
@@ -78,6 +79,16 @@ class LogJoint:
     def _trace_at(self, values: dict[str, Tensor]) -> Trace:
         conditioned = poutine.condition(self.model, data=values)
         return poutine.trace(conditioned).get_trace(*self.args, **self.kwargs)
+
+    def prior_draw(self) -> Tensor | None:
+        """One draw of all latents from their priors; None if some prior cannot be drawn from."""
+        try:
+            with self.surroundings(), torch.no_grad():
+                nodes = poutine.trace(self.model).get_trace(*self.args, **self.kwargs).nodes
+                return self.layout.pack({site.name: nodes[site.name]["value"]
+                                         for site in self.layout})
+        except (NotImplementedError, ValueError, RuntimeError):  # improper, or on the edge
+            return None
 
     def parameters(self, z: Tensor) -> dict[str, Tensor]:
         """Unconstrained values of the model's own ``pyro.param`` statements, by name."""
@@ -116,7 +127,7 @@ class LogJoint:
                 return torch.func.vmap(function, randomness="same")(rows)
             return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
 
-    def _subsamples(self, z: Tensor) -> bool:
+    def subsamples(self, z: Tensor) -> bool:
         """Whether the model draws minibatches, and so differs from run to run."""
         with self.surroundings():
             nodes = self.trace(z).nodes.values()
@@ -125,8 +136,11 @@ class LogJoint:
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
-        """The model's surroundings: its dtype, and no argument checks, which read values."""
-        with default_dtype(self.dtype), pyro.validation_enabled(False):
+        """The model's surroundings: its dtype, and no checks of arguments or of factors.
+
+        Checks read values, which a batch does not have.
+        """
+        with default_dtype(self.dtype), pyro.validation_enabled(False), FactorsOrNan():
             yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,35 @@ from tqdm.auto import tqdm
 
 from pyro_nfvi.engine import Engine, Stepper
 from pyro_nfvi.engine.draws import Replay
+from pyro_nfvi.inference.stopping import OneCycle
 
-WARM_UP = 0.1  # fraction of the steps in which the rate rises
 MAX_ROLLBACKS = 10
 FIRST_CHUNK = 5  # steps, to learn what one takes
 CHUNK_SECONDS = 0.1  # between two looks at the outside: progress, Ctrl-C
 NUM_CHECKS = 4  # times that the compiled loop is compared with the model while it runs
 
 Estimates = Callable[[], tuple[Tensor, Tensor]]  # -> ELBO of each particle, latents
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a fit.
+
+    Attributes:
+        name: What it is called.
+        num_steps: Number of optimisation steps.
+        pareto_k: k-hat at its end, nan if it was not looked at.
+        ess: Effective fraction of the draws, likewise.
+        elbo: ELBO, likewise.
+        gradients: Number of gradients of the log joint.
+    """
+
+    name: str
+    num_steps: int = 0
+    pareto_k: float = math.nan
+    ess: float = math.nan
+    elbo: float = math.nan
+    gradients: int = 0
 
 
 @dataclass
@@ -33,23 +55,31 @@ class History:
         rollbacks: Steps at which the log joint was not finite, and the site to blame.
         interrupted: Whether Ctrl-C ended the fit.
         stopped: Why the fit ended early, or an empty string.
-        stages: Name and number of steps of each stage.
+        stages: The stages in order, each with what its gate saw.
         engines: How each stage was computed.
+        concerns: What speaks against the fit, beyond its weights.
     """
 
     elbo: list[float] = field(default_factory=list)
     rollbacks: list[tuple[int, str]] = field(default_factory=list)
     interrupted: bool = False
     stopped: str = ""
-    stages: list[tuple[str, int]] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
+    concerns: list[str] = field(default_factory=list)
+
+    @property
+    def gradients(self) -> int:
+        """Number of gradients of the log joint, over all stages."""
+        return sum(stage.gradients for stage in self.stages)
 
     def __add__(self, later: History) -> History:
         """Two stages as one."""
         shifted = [(step + len(self.elbo), site) for step, site in later.rollbacks]
         return History(self.elbo + later.elbo, self.rollbacks + shifted,
                        self.interrupted or later.interrupted, self.stopped or later.stopped,
-                       self.stages + later.stages, self.engines + later.engines)
+                       self.stages + later.stages, self.engines + later.engines,
+                       self.concerns + later.concerns)
 
 
 class Loop:
@@ -62,12 +92,14 @@ class Loop:
         parameters: Tensors to optimise.
         estimates: Draws particles and returns the ELBO of each, and the particles.
         blame: Names the site to blame for a particle whose ELBO is not finite.
-        num_steps: Number of steps.
+        schedule: Rates of the steps, as fractions of the largest; a number of steps stands for
+            :class:`~pyro_nfvi.inference.stopping.OneCycle`.
         lr: Largest learning rate.
         progress: Whether to show a progress bar.
         name: What to call this stage in the bar and the history.
         compile: Which tier computes the steps: ``"auto"`` or one of
             :data:`pyro_nfvi.engine.TIERS`.
+        deadline: Time of ``time.monotonic()`` by which to be done; the rate falls before.
 
     References:
         Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI, arXiv:2006.10343 (many
@@ -75,13 +107,20 @@ class Loop:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], estimates: Estimates,
-                 blame: Callable[[Tensor], str], num_steps: int, lr: float,
-                 progress: bool = True, name: str = "fit", compile: str = "auto") -> None:
+                 blame: Callable[[Tensor], str], schedule: OneCycle | int, lr: float,
+                 progress: bool = True, name: str = "fit", compile: str = "auto",
+                 deadline: float = math.inf) -> None:
         self.parameters, self.estimates, self.blame = list(parameters), estimates, blame
-        self.num_steps, self.lr, self.progress, self.name = num_steps, lr, progress, name
-        self.compile = compile
+        self.schedule = OneCycle(schedule) if isinstance(schedule, int) else schedule
+        self.lr, self.progress, self.name = lr, progress, name
+        self.compile, self.deadline, self.start = compile, deadline, time.monotonic()
         self.history, self.cut = History(), 1.0
         self.stepper: Stepper | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps, as far as it is known."""
+        return self.schedule.num_steps
 
     @property
     def engine(self) -> Engine:
@@ -102,28 +141,39 @@ class Loop:
                 if self.stepper is not None:
                     self.stepper.state.write_back()
                     self.history.engines.append(self.stepper.engine)
-        self.history.stages.append((self.name, len(self.history.elbo)))
+        self.history.stages.append(Stage(self.name, len(self.history.elbo)))
         return self.history
 
     def _loss(self) -> list[Tensor]:
         """The ELBO and the gradients of its negative."""
         elbo, latents = self.estimates()
         self.last = elbo.detach(), latents.detach()
-        mean = elbo.mean()
+        finite = elbo.isfinite()  # the others are left out, unless there are only others
+        mean = elbo.where(finite, elbo.new_zeros(())).sum() / finite.sum()
         return [mean, *torch.autograd.grad(-mean, self.parameters, materialize_grads=True)]
 
     def _optimise(self, stepper: Stepper, bar: tqdm) -> None:
         elbo, checks = self.history.elbo, 0
         trusted = self._trust(stepper)
         while len(elbo) < self.num_steps and not self.history.stopped:
-            rates = [self.cut * self.lr * one_cycle(step, self.num_steps) for step in
-                     range(len(elbo), min(len(elbo) + self._chunk(stepper), self.num_steps))]
+            rates = [self.cut * self.lr * rate for rate in
+                     self.schedule.rates(len(elbo), self._chunk(stepper))]
             if stepper.run(rates) < len(rates):
                 self._roll_back(stepper)
+            self.schedule.look(elbo)
+            self._keep_to_time(stepper)
             if len(elbo) * NUM_CHECKS >= checks * self.num_steps:  # the last at the end
                 checks += 1
                 trusted = self._checked(stepper, trusted)
             self._show(bar)
+
+    def _keep_to_time(self, stepper: Stepper) -> None:
+        """Two thirds of the time are for steps at full rate; at its end the loop stops."""
+        now = time.monotonic()
+        if now >= self.deadline:
+            self.history.stopped = "its time was up"
+        elif now > self.start + (self.deadline - self.start) * 2 / 3:
+            self.schedule.hurry(len(self.history.elbo))
 
     def _chunk(self, stepper: Stepper) -> int:
         """Number of steps until the next look at the outside."""
@@ -181,12 +231,5 @@ class Loop:
         if self.history.elbo:
             bar.set_postfix_str(f"ELBO {statistics.fmean(self.history.elbo[-20:]):.3f}",
                                 refresh=False)
+        bar.total = self.num_steps
         bar.update(len(self.history.elbo) - bar.n)
-
-
-def one_cycle(step: int, num_steps: int) -> float:
-    """Fraction of the largest rate: a linear rise, then half a cosine down to zero."""
-    rise = max(1, round(WARM_UP * num_steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, num_steps - rise)))

@@ -32,9 +32,24 @@ class ELBO:
                  ) -> tuple[Tensor, Tensor]:
         """One estimate of the ELBO for every particle, and the particles.
 
+        A particle at which the log joint has no finite gradient adds none.
+
         Returns:
             Estimates ``(num_particles,)`` and latents ``(num_particles, D)``.
         """
         draw = flow.rsample_and_path_log_prob if self.path_gradient else flow.rsample_and_log_prob
         z, log_q = draw((num_particles,))
-        return log_joint(z) - log_q, z
+        return log_joint(_shielded(z)) - log_q, z
+
+
+def _shielded(z: Tensor) -> Tensor:
+    """The same points; a gradient that is not finite at one of them becomes zero there."""
+    z = z.view_as(z)
+    if z.requires_grad:
+        z.register_hook(_finite_rows)
+    return z
+
+
+def _finite_rows(gradient: Tensor) -> Tensor:
+    finite = gradient.isfinite().all(-1, keepdim=True)
+    return gradient.where(finite, gradient.new_zeros(()))

@@ -15,7 +15,7 @@ from pyro_nfvi.engine import Stepper
 from pyro_nfvi.guides import AutoFlow, AutoIAF, AutoPlanar, AutoSpline
 from pyro_nfvi.inference import LogJoint, Loop
 from pyro_nfvi.inference.log_joint import default_dtype
-from pyro_nfvi.inference.loop import one_cycle
+from pyro_nfvi.inference.stopping import OneCycle
 from pyro_nfvi.testing import perturb
 
 FLOWS: dict[str, Callable[..., AutoFlow]] = {
@@ -24,7 +24,7 @@ FLOWS: dict[str, Callable[..., AutoFlow]] = {
     "spline": partial(AutoSpline, num_layers=2, num_bins=4, hidden_dims=(8,)),
 }
 NUM_STEPS = 20
-RATES = [0.02 * one_cycle(step, NUM_STEPS) for step in range(NUM_STEPS)]
+RATES = [0.02 * rate for rate in OneCycle(NUM_STEPS).rates(0, NUM_STEPS)]
 
 
 def make_loop(model: Callable, *args: Any, make: Callable[..., AutoFlow] = FLOWS["planar"],

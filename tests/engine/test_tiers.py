@@ -17,12 +17,12 @@ from pyro_nfvi.engine import record
 from pyro_nfvi.engine.adam import CLIP_FACTOR, CLIP_WINDOW
 from pyro_nfvi.engine.draws import Replay
 from pyro_nfvi.engine.programs import GraphProgram
-from pyro_nfvi.flows import Mixture, StudentT
+from pyro_nfvi.flows import LowRank, Mixture, MultivariateStudentT, StudentT
 from pyro_nfvi.guides import AutoPlanar
 from pyro_nfvi.inference import Loop
 from pyro_nfvi.inference.log_joint import default_dtype
-from pyro_nfvi.inference.loop import one_cycle
-from tests.cases import MODELS
+from pyro_nfvi.inference.stopping import OneCycle
+from tests.cases import MODELS, mixture_of_flows
 from tests.engine.fits import FLOWS, RATES, Fit, make_loop
 
 DOUBLE = torch.float64
@@ -124,9 +124,16 @@ def test_the_total_gradient_is_compiled_too():
     assert fit.losses(fit.program)[-1] != path.losses(path.program)[-1]
 
 
-def test_a_student_t_base_is_compiled():
-    fit = Fit(*MODELS["plates"], make=partial(AutoPlanar, num_layers=1,
-                                              base=partial(StudentT, df=4.0)))
+@pytest.mark.parametrize("path_gradient", [True, False], ids=["path", "total"])
+@pytest.mark.parametrize("options", [
+    {"base": partial(StudentT, df=4.0)}, {"base": partial(StudentT, df=[3.0, 4.0, 5.0, 6.0, 7.0])},
+    {"base": MultivariateStudentT}, {"base": mixture_of_flows}, {"affine": LowRank},
+    {"affine": LowRank, "base": mixture_of_flows},
+], ids=["student-t", "student-t-each", "multivariate-student-t", "mixture-of-flows", "low-rank",
+        "low-rank-mixture-of-flows"])
+def test_a_base_of_set_noise_or_another_affine_map_is_compiled(options, path_gradient):
+    fit = Fit(*MODELS["plates"], make=partial(AutoPlanar, num_layers=1, **options),
+              objective=ELBO(path_gradient=path_gradient))
     assert (fit.stepper.tier, fit.stepper.reason) == ("c", "")
     assert_agree(fit)
 
@@ -222,7 +229,7 @@ def test_a_compiled_gaussian_fit_is_that_of_adam_in_torch():
     x = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=DOUBLE))
     fit = Fit.__new__(Fit).build(Loop([x], lambda: (-(x ** 4).sum(-1).expand(3), x.expand(3, 2)),
                                       str, 50, 0.1), "c")
-    rates = [0.1 * one_cycle(step, 50) for step in range(50)]
+    rates = [0.1 * rate for rate in OneCycle(50).rates(0, 50)]
     losses = fit.losses(fit.program, rates)
     y = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=DOUBLE))
     optimizer = torch.optim.Adam([y])

@@ -6,11 +6,20 @@ import copy
 import math
 import pickle
 
+import numpy as np
+import pyro.distributions as pd
 import pytest
 import torch
 from torch import distributions as td
 
-from pyro_nfvi.flows import BaseDistribution, Gaussian, Mixture, StudentT
+from pyro_nfvi.flows import (
+    BaseDistribution,
+    Gaussian,
+    Mixture,
+    MixtureOfFlows,
+    MultivariateStudentT,
+    StudentT,
+)
 from pyro_nfvi.testing import perturb
 from tests.cases import BASES
 
@@ -24,11 +33,19 @@ def make(name: str, input_dim: int = 3, device="cpu"):
 
 
 def truth(base) -> td.Distribution:
-    """The same base, of torch's own parts."""
+    """The same base, of torch's and Pyro's own parts."""
     if isinstance(base, Gaussian):
         return td.Independent(td.Normal(base.zeros, base.zeros + 1), 1)
     if isinstance(base, StudentT):
         return td.Independent(td.StudentT(base.df), 1)
+    if isinstance(base, MultivariateStudentT):
+        eye = torch.eye(base.input_dim).to(base.zeros)
+        return pd.MultivariateStudentT(base.df, base.zeros, eye)
+    if isinstance(base, MixtureOfFlows):
+        layers = [flow.bijection for flow in base.flows]
+        parts = td.MultivariateNormal(torch.stack([layer.shift() for layer in layers]),
+                                      scale_tril=torch.stack([layer.factor() for layer in layers]))
+        return td.MixtureSameFamily(td.Categorical(base.weights), parts)
     parts = td.Independent(td.Normal(base.locs, base.log_scales.exp()), 1)
     return td.MixtureSameFamily(td.Categorical(logits=base.logits), parts)
 
@@ -56,6 +73,8 @@ def test_draws_have_the_moments_of_the_base(base, input_dim, device):
     base = make(base, input_dim, device)
     if isinstance(base, StudentT):
         base = StudentT(input_dim, df=9.0).to(device).double()  # a finite fourth moment
+    if isinstance(base, MultivariateStudentT):
+        base = MultivariateStudentT(input_dim, df=9.0).to(device).double()
     with torch.no_grad():
         u = base.rsample((NUM_SAMPLES,))
         assert_means(u, base.mean)
@@ -161,6 +180,57 @@ def test_draws_of_student_t_carry_the_gradient_of_its_degrees_of_freedom():
         loss = base.rsample((10_000,)).square().mean()
         gradients.append(torch.autograd.grad(loss, base.raw_df)[0] / slope)
     assert_means(torch.stack(gradients), expected)
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("how", [list, tuple, np.array, torch.tensor], ids=lambda how: how.__name__)
+def test_degrees_of_freedom_may_be_one_a_coordinate(how, learn):
+    df = [1.5, 5.0, 1e4]
+    base = StudentT(3, how(df), learn=learn)
+    torch.testing.assert_close(base.df, torch.tensor(df), rtol=1e-4, atol=0)
+    assert base.df.dtype == base.rsample().dtype == torch.float32
+    u = torch.randn(5, 3)
+    alone = [StudentT(1, value).log_prob(u[:, k:k + 1]) for k, value in enumerate(df)]
+    torch.testing.assert_close(base.log_prob(u), sum(alone))
+
+
+# ------------------------------------------------------------------ multivariate Student-t
+
+def test_the_coordinates_of_a_multivariate_student_t_share_their_tail():
+    base = MultivariateStudentT(2, df=9.0).double()
+    u = base.rsample((NUM_SAMPLES,))
+    squares = u.square()
+    assert_means(u[:, 0] * u[:, 1], torch.tensor(0.0).double())
+    # E[u_0^2 u_1^2] = nu^2 / (nu - 2) / (nu - 4), where independent coordinates have no factor
+    assert_means(squares[:, 0] * squares[:, 1], torch.tensor(81 / 35).double())
+    ratio = squares.sum(-1) / 2  # F(2, nu)
+    level = 2.0
+    share = (ratio > level).double().mean().item()
+    expected = (1 + 2 * level / 9) ** -4.5
+    assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / NUM_SAMPLES)
+
+
+@pytest.mark.parametrize("df", [1.5, 2.0, 5.0, 1e4])
+def test_a_multivariate_student_t_of_one_coordinate_is_the_student_t(df):
+    elliptical, plain = MultivariateStudentT(1, df).double(), td.StudentT(torch.tensor(df).double())
+    u = 10 * torch.randn(50, 1).double()
+    torch.testing.assert_close(elliptical.log_prob(u), plain.log_prob(u).squeeze(-1), rtol=1e-6,
+                               atol=1e-6)  # torch rounds less at df=1e4
+    torch.testing.assert_close(elliptical.variance, plain.variance.expand(1))
+    assert elliptical.df.item() == df
+
+
+@pytest.mark.parametrize("base", [MultivariateStudentT(1, 3.0), MultivariateStudentT(2, 3.0),
+                                  StudentT(1, [2.5]), StudentT(2, [2.5, 8.0])], ids=repr)
+def test_a_heavy_tailed_density_integrates_to_one(base):
+    base = base.double()
+    half = torch.linspace(-math.pi / 2, math.pi / 2, 1003)[1:-1].double()
+    sides = [half.tan() for _ in range(base.input_dim)]  # the whole line, by u = tan a
+    jacobian = torch.cartesian_prod(*[1 / half.cos().square() for _ in sides])
+    density = base.log_prob(torch.cartesian_prod(*sides).reshape(-1, base.input_dim)).exp()
+    weighted = density * jacobian.reshape(-1, base.input_dim).prod(-1)
+    step = (half[1] - half[0]) ** base.input_dim
+    assert (weighted.sum() * step).item() == pytest.approx(1, abs=1e-4)
 
 
 # ------------------------------------------------------------------ mixture

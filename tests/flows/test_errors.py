@@ -26,7 +26,10 @@ from pyro_nfvi.flows import (
     Gaussian,
     Householder,
     Inverse,
+    LowRank,
     Mixture,
+    MixtureOfFlows,
+    MultivariateStudentT,
     Permutation,
     Planar,
     RationalQuadraticSpline,
@@ -36,8 +39,8 @@ from pyro_nfvi.flows import (
 )
 from tests.cases import BASES, RECIPES
 
-LAYERS = [Diagonal, flows.Triangular, flows.LULinear, Householder, Planar, flows.Radial, Sylvester,
-          Coupling, Autoregressive]
+LAYERS = [Diagonal, flows.Triangular, flows.LULinear, LowRank, Householder, Planar, flows.Radial,
+          Sylvester, Coupling, Autoregressive]
 ROWS = torch.zeros(5, 3)
 
 
@@ -193,6 +196,9 @@ def test_an_order_may_come_in_any_form(order):
      "Sylvester expected `num_ridges` to be an integer >= 1, got 1.5."),
     (partial(Sylvester, 3, num_ridges=4),
      "Sylvester expected `num_ridges` of at most input_dim=3, got 4."),
+    (partial(LowRank, 3, rank=0), "LowRank expected `rank` to be an integer >= 1, got 0."),
+    (partial(LowRank, 3, rank=1.5), "LowRank expected `rank` to be an integer >= 1, got 1.5."),
+    (partial(LowRank, 3, rank=4), "LowRank expected `rank` of at most input_dim=3, got 4."),
     (partial(Householder, 3, num_reflections=0),
      "Householder expected `num_reflections` to be an integer >= 2, got 0."),
     (partial(Householder, 3, num_reflections=3),
@@ -303,10 +309,58 @@ def test_a_wrong_part_is_named(mistake, message):
     (partial(StudentT, 2, 1.0), "StudentT expected `df` above 1.0, got 1.0."),
     (partial(StudentT, 2, 0), "StudentT expected `df` to be a positive number, got 0."),
     (partial(StudentT, 2, "3"), "StudentT expected `df` to be a positive number, got '3'."),
+    (partial(StudentT, 2, [3.0]),
+     "StudentT expected `df` to be a number above 1.0, or 2 of them, got [3.0]."),
+    (partial(StudentT, 2, (3.0, 1.0)),
+     "StudentT expected `df` to be a number above 1.0, or 2 of them, got (3.0, 1.0)."),
+    (partial(StudentT, 2, [3.0, float("inf")]),
+     "StudentT expected `df` to be a number above 1.0, ..."),
+    (partial(StudentT, 2, [3.0, float("nan")]),
+     "StudentT expected `df` to be a number above 1.0, ..."),
+    (partial(StudentT, 2, [3.0, "3"]), "StudentT expected `df` to be a number above 1.0, ..."),
+    (partial(StudentT, 2, torch.tensor(3.0)),
+     "StudentT expected `df` to be a number above 1.0, or 2 of them, got tensor(3.)."),
+    (partial(MultivariateStudentT, 2, 1.0),
+     "MultivariateStudentT expected `df` above 1.0, got 1.0."),
+    (partial(MultivariateStudentT, 2, [3.0, 3.0]),
+     "MultivariateStudentT expected `df` to be a positive number, got [3.0, 3.0]."),
     (partial(Mixture, 2, 0), "Mixture expected `num_components` to be an integer >= 1, got 0."),
     (partial(Mixture, 2, spread=0), "Mixture expected `spread` to be a positive number, got 0."),
 )
 def test_a_wrong_option_of_a_base_is_named(mistake, message):
+    with says(message):
+        mistake()
+
+
+FLOW = Flow(Diagonal(2))
+
+
+@mistakes(
+    (partial(MixtureOfFlows, [], []),
+     "MixtureOfFlows expected `flows` to hold at least one flow, got none."),
+    (partial(MixtureOfFlows, 3, [1.0]),
+     "MixtureOfFlows expected `flows` to be a sequence of flows, got int. ..."),
+    (partial(MixtureOfFlows, [FLOW, Diagonal(2)], [1.0, 1.0]),
+     "MixtureOfFlows expected `flows` to be a sequence of flows, got Diagonal. "
+     "Wrap a bijection: Flow(bijection)."),
+    (partial(MixtureOfFlows, [FLOW, Flow(Diagonal(2, 3))], [1.0, 1.0]),
+     "MixtureOfFlows expected `flows` without context, got one of context_dim=3. "
+     "Build it with context_dim=0."),
+    (partial(MixtureOfFlows, [FLOW, Flow(Diagonal(3))], [1.0, 1.0]),
+     "MixtureOfFlows expected `flows` of one input_dim, got [2, 3]."),
+    (partial(MixtureOfFlows, [FLOW], [0.5, 0.5]),
+     "MixtureOfFlows expected `weights` to be 1 positive numbers, one a flow, got [0.5, 0.5]. "
+     "Leave out a flow of no weight."),
+    (partial(MixtureOfFlows, [FLOW] * 2, [1.0, 0.0]),
+     "MixtureOfFlows expected `weights` to be 2 positive numbers, one a flow, got [1.0, 0.0]. ..."),
+    (partial(MixtureOfFlows, [FLOW] * 2, [1.0, float("nan")]),
+     "MixtureOfFlows expected `weights` to be 2 positive numbers, one a flow, got [1.0, nan]. ..."),
+    (partial(MixtureOfFlows, [FLOW] * 2, "ab"),
+     "MixtureOfFlows expected `weights` to be 2 positive numbers, one a flow, got 'ab'. ..."),
+    (partial(MixtureOfFlows, [FLOW] * 2, None),
+     "MixtureOfFlows expected `weights` to be 2 positive numbers, one a flow, got None. ..."),
+)
+def test_a_wrong_part_of_a_mixture_of_flows_is_named(mistake, message):
     with says(message):
         mistake()
 

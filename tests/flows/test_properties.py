@@ -20,6 +20,7 @@ from pyro_nfvi.flows import (
     Coupling,
     Diagonal,
     Flow,
+    LowRank,
     Planar,
     Radial,
     RationalQuadraticSpline,
@@ -206,7 +207,7 @@ def test_a_spline_layer_with_extreme_weights_stays_finite_in_float32(layer, devi
 
 
 @pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM], ids=["no-context", "context"])
-@pytest.mark.parametrize("layer", [Planar, Radial, Sylvester])
+@pytest.mark.parametrize("layer", [LowRank, Planar, Radial, Sylvester])
 def test_a_low_rank_layer_with_extreme_parameters_inverts_in_float64(layer, context_dim, device):
     for _ in range(20):
         bijection = layer(5, context_dim).to(device).double()

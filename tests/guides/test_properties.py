@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+import pyro_nfvi
 from pyro_nfvi import guides, testing
 from pyro_nfvi.guides import AutoFlow
 from tests.cases import GUIDES, MODEL_CANNOT, MODELS
@@ -100,7 +101,8 @@ def test_every_check_of_a_guide_runs_here():
 
 def test_every_guide_is_in_the_table():
     made = {type(make(MODELS["funnel"][0])) for make in GUIDES.values()}
-    named = {value for value in vars(guides).values()
+    named = {value for room in (guides, pyro_nfvi)
+             for value in (getattr(room, name) for name in room.__all__)
              if isinstance(value, type) and issubclass(value, AutoFlow)}
     missing = sorted(kind.__name__ for kind in named - made)
     assert not missing, f"No line of GUIDES in tests/cases.py for {missing}."

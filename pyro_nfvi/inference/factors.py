@@ -1,0 +1,34 @@
+"""Cholesky factors that are nan where there is none, so that one point cannot stop a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CHOLESKY = (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky)
+
+
+class FactorsOrNan(TorchFunctionMode):
+    """Inside, a matrix without a Cholesky factor has one of nan, instead of raising.
+
+    A log joint over a batch then is nan at the points to blame, and right at the others.
+
+    Example:
+        >>> with FactorsOrNan():
+        ...     torch.linalg.cholesky(torch.tensor([[[4.0]], [[-1.0]]])).flatten()
+        tensor([2., nan])
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (),
+                           kwargs: dict[str, Any] | None = None) -> Any:
+        """Run a function of torch's; Cholesky's in its way that does not raise."""
+        kwargs = kwargs or {}
+        if func not in CHOLESKY or "out" in kwargs:
+            return func(*args, **kwargs)
+        factor, info = torch.linalg.cholesky_ex(*args, **kwargs)
+        failed = info.ge(1).unsqueeze(-1).unsqueeze(-1)  # the form generated code knows
+        return torch.where(failed, factor.new_full((), torch.nan), factor)

@@ -1,0 +1,136 @@
+"""The log joint with its gradient, batched, recorded and counted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_nfvi.engine.compiled import Compiled
+from pyro_nfvi.inference.log_joint import LogJoint
+
+CHUNK = 2000  # points scored at a time
+FAILURE_WORK = 1000.0  # times the work, if points have to be told apart one by one
+UNKNOWN_WORK = 1e5  # numbers a point, of a model that cannot be recorded
+
+
+class Score:
+    r"""Log joint and its gradient, the score, at a batch of latents.
+
+    .. math:: z \mapsto \log p(x, z),\ \nabla_z \log p(x, z)
+
+    The model is recorded once for every batch size, and the graph runs from then on. Where the
+    log joint or its gradient is not finite, the log joint is minus infinity and the gradient
+    zero. A model that draws minibatches keeps to one, so that two calls can be compared.
+
+    Args:
+        log_joint: The model and its data.
+
+    Shape:
+        z: ``(n, D)``; result: ``(n,)`` and ``(n, D)``.
+
+    Attributes:
+        evaluations: Number of gradients computed so far.
+        non_finite: How many of them were not finite.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        self.log_joint = log_joint
+        self.evaluations = self.non_finite = 0
+        self.failed = False  # whether a matrix had no factor somewhere, which takes a search
+        self._compiled: dict[int, tuple[Tensor, Compiled, list[Tensor]]] = {}
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the model draws random numbers of its own, minibatches say."""
+        return any(draws for _, _, draws in self._compiled.values())
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint and gradient of every point."""
+        log_p, gradient = self._raw(z)
+        finite = log_p.isfinite() & gradient.isfinite().all(-1)
+        self.evaluations += len(z)
+        self.non_finite += int((~finite).sum())
+        return (log_p.where(finite, log_p.new_tensor(-torch.inf)),
+                gradient.where(finite.unsqueeze(-1), gradient.new_zeros(())))
+
+    @property
+    def work(self) -> float:
+        """Numbers computed for the gradient at one point: a measure of cost without a clock."""
+        for count, (_, compiled, _) in self._compiled.items():
+            if compiled.recording is not None:
+                harder = FAILURE_WORK if self.failed else 1.0
+                return harder * compiled.recording.num_computed / count
+        return UNKNOWN_WORK
+
+    @torch.no_grad()
+    def value(self, z: Tensor) -> Tensor:
+        """Log joint of every point, without a gradient; minus infinity where there is none."""
+        log_p = torch.cat([self._value(part) for part in z.split(CHUNK)])
+        return log_p.where(log_p.isfinite(), log_p.new_tensor(-torch.inf))
+
+    def _value(self, z: Tensor) -> Tensor:
+        try:
+            return self.log_joint(z)
+        except torch.linalg.LinAlgError:
+            if len(z) == 1:
+                return z.new_full((1,), torch.nan)
+            return torch.cat([self._value(half) for half in z.tensor_split(2)])
+
+    def _raw(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self._batch(z)
+        except torch.linalg.LinAlgError:  # at some point a matrix has no factor
+            self.failed = True
+            return self._split(z)
+
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the points without a value, which get nan; the others keep theirs."""
+        try:
+            return _value_and_gradient(self.log_joint, z)
+        except torch.linalg.LinAlgError:
+            if len(z) == 1:
+                return z.new_full((1,), torch.nan), torch.zeros_like(z)
+            halves = [self._split(half) for half in z.tensor_split(2)]
+            return torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])
+
+    def _batch(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if len(z) not in self._compiled:
+            self._compiled[len(z)] = self._record(z)
+        live, compiled, draws = self._compiled[len(z)]
+        if compiled.recording is None:
+            with torch.no_grad():
+                live.copy_(z)
+            _, gradient, log_p = compiled.python.function()
+        else:
+            _, gradient, log_p = compiled.program([z], draws)
+        return log_p.detach(), gradient.detach()
+
+    def _record(self, z: Tensor) -> tuple[Tensor, Compiled, list[Tensor]]:
+        live = z.detach().clone()
+
+        def function() -> list[Tensor]:
+            log_p, gradient = _value_and_gradient(self.log_joint, live)
+            return [log_p.sum(), gradient, log_p]
+        compiled = Compiled(function, [live], "fx")
+        return live, compiled, [draw[0] for draw in compiled.draws(1)] \
+            if compiled.recording is not None else []
+
+
+def elbo_of(terms: Tensor, dim: int = -1) -> Tensor:
+    r"""ELBO from terms :math:`\log p - \log q` of draws, some of which may have no density.
+
+    It is that of the guide cut down to where there is density, which for weights is the same
+    guide: the mean over the finite terms, plus the log of their fraction.
+    """
+    finite = terms.isfinite()
+    count = finite.sum(dim)
+    mean = terms.where(finite, terms.new_zeros(())).sum(dim) / count.clamp(min=1)
+    return mean + (count / terms.shape[dim]).log()
+
+
+def _value_and_gradient(log_joint: LogJoint, live: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = live.detach().requires_grad_()
+        log_p = log_joint(z)
+        gradient, = torch.autograd.grad(log_p.sum(), z)
+    return log_p.detach(), gradient
