@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
@@ -126,14 +126,26 @@ class NFVI:
         That is double precision on a CPU, unless the model holds on to another.
         """
         guide = self.guide or AutoFlow(self.model, auto)
-        fresh = guide.prototype_trace is None
+        fresh = guide.untouched
+        if self.dtype is not None or not self._on_cpu(args, kwargs):
+            return guide, fresh, self._set_up(guide, args, kwargs, self.dtype)
         dtype = torch.float64 if fresh else guide._flow().base.zeros.dtype
-        if self.dtype is None and (self.device is None or self.device.type == "cpu"):
-            try:
-                return guide, fresh, self._set_up(guide, args, kwargs, dtype)
-            except RuntimeError:  # single precision inside the model, or an error it has anyway
-                guide.prototype_trace = None if fresh else guide.prototype_trace
-        return guide, fresh, self._set_up(guide, args, kwargs, self.dtype)
+        store, built = pyro.get_param_store(), guide.prototype_trace is not None
+        known = set(store)
+        try:
+            return guide, fresh, self._set_up(guide, args, kwargs, dtype)
+        except RuntimeError:  # single precision inside the model, or an error it has anyway
+            guide.prototype_trace = guide.prototype_trace if built else None
+            for name in set(store) - known:  # made in the wrong type
+                del store[name]
+        return guide, fresh, self._set_up(guide, args, kwargs, None)
+
+    def _on_cpu(self, args: tuple, kwargs: dict) -> bool:
+        """Whether the fit runs on a CPU."""
+        if self.device is not None:
+            return self.device.type == "cpu"
+        return all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs))
+                   if isinstance(leaf, Tensor))
 
     def _set_up(self, guide: AutoFlow, args: tuple, kwargs: dict, dtype: torch.dtype | None
                 ) -> LogJoint:
@@ -191,8 +203,8 @@ def _check_sites(log_joint: LogJoint) -> None:
         try:
             with log_joint.surroundings(), forked_rng(), poutine.trace() as trace:
                 log_joint.model(*log_joint.args, **log_joint.kwargs)
-        except (NotImplementedError, torch.linalg.LinAlgError):  # a prior that has no draws,
-            return  # or one whose draws are too wild for the model
+        except (NotImplementedError, ValueError, RuntimeError):  # a prior that has no draws, or
+            return  # one whose draws are too wild for the model
         _compare_sites(log_joint.layout, trace.trace.nodes)
 
 

@@ -156,6 +156,8 @@ def _module_config(module: nn.Module) -> dict[str, Any] | None:
     dim, kind = module.input_dim, type(module)
     if kind is MixtureOfFlows:
         flows = [(_module_config(f.bijection), _module_config(f.base)) for f in module.flows]
+        if any(part is None for pair in flows for part in pair):
+            return None
         sizes: list[Any] = [[list(pair) for pair in flows]]
     elif kind in (FixedLowRank, LowRank):
         sizes = [dim, (module.stretch if kind is FixedLowRank else module.loadings.value).shape[-1]]

@@ -38,6 +38,7 @@ from pyro_nfvi.flows import (
     radial,
     realnvp,
 )
+from pyro_nfvi.flows.fixed import FixedMap
 from pyro_nfvi.guides.layout import LatentLayout, LatentSite
 from pyro_nfvi.guides.param_store import register_parameters
 from pyro_nfvi.guides.prototype import PrototypeCheck, check_prototype
@@ -153,7 +154,18 @@ class AutoFlow(AutoContinuous):
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
         _set_affine(flow.bijection.layers[-1], loc, self.init_scale)
 
-    def whiten(self, frame: Bijection, base: Base | None = None,
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has moved its parameters since it was built."""
+        if self.prototype_trace is None:
+            return True
+        _, affine, *frame = self._modules["flow"].bijection.layers
+        return not frame and bool(
+            torch.equal(affine.shift.value, self._init_loc().to(affine.shift.value))
+            and (affine.log_scale.value == affine.log_scale.value.new_tensor(
+                math.log(self.init_scale))).all())
+
+    def whiten(self, frame: FixedMap, base: Base | None = None,
                affine: Bijection | None = None) -> AutoFlow:
         """Start over inside fixed coordinates, those of a Gaussian fitted before, say.
 
@@ -161,7 +173,8 @@ class AutoFlow(AutoContinuous):
         ``frame``: wherever the posterior is and however it is scaled, steps of one size suit it.
 
         Args:
-            frame: Bijection of as many coordinates, which is not learned.
+            frame: A :class:`~pyro_nfvi.flows.FixedLinear` or
+                :class:`~pyro_nfvi.flows.FixedLowRank` of as many coordinates.
             base: Noise. Default: the guide's own.
             affine: Affine map between the flow and the frame. Default: the guide's own, anew.
 

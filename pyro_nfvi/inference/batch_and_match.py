@@ -41,7 +41,7 @@ def batch_and_match(score: Score, loc: Tensor, factor: Tensor, num_steps: int = 
         num_draws: Draws of each Gaussian and step.
 
     Returns:
-        The Gaussians with the best ELBO on the way, ``(M, D)`` and ``(M, D, D)``.
+        The better of the best Gaussians on the way and the last ones, ``(M, D)`` and ``(M, D, D)``.
 
     References:
         Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei & Saul (2024), Batch and match,

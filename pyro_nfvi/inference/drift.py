@@ -19,6 +19,7 @@ FEWEST_TRANSITIONS, MOST_TRANSITIONS = 5, 100
 MOST_LEAPFROGS = 8
 MANY = 10_000  # gradients, above which the most leapfrog steps are made
 RARE = (0.01, 0.05)  # fractions of the draws that are extreme
+LEAST_ACCEPTED = 0.2  # acceptance rate below which chains say nothing
 LEAST_CHANGED = 10  # chains that must change sides for an indicator to tell
 CHUNK = 1000
 
@@ -28,10 +29,10 @@ class Drift:
     """How far short chains move the moments of a fit.
 
     Attributes:
-        site: Name of the site that moves most.
-        z_score: Its mean move, in standard errors.
+        site: Name of the site whose moments move most surely.
+        z_score: The largest move of all, in standard errors.
         limit: What chance alone explains.
-        size: Its move, in standard deviations.
+        size: The move of the site, in standard deviations.
     """
 
     site: str
@@ -45,8 +46,8 @@ class Drift:
         return self.z_score > self.limit
 
     def __str__(self) -> str:
-        return (f"short Hamiltonian chains drift away from it, most at site {self.site!r} (by "
-                f"{self.size:.2f} sd, {self.z_score:.1f} standard errors)")
+        return (f"short Hamiltonian chains drift away from it ({self.z_score:.1f} standard "
+                f"errors), most at site {self.site!r} (by {self.size:.2f} sd)")
 
 
 @torch.no_grad()
@@ -63,7 +64,8 @@ def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayo
     .. math:: \left|\overline{f(z'_c) - f(z_c)}\right|
               \le q\ \mathrm{se}\left[f(z'_c) - f(z_c)\right]
 
-    with :math:`q` such that an exact fit fails once in a thousand times.
+    with :math:`q` such that an exact fit fails once in a thousand times; the standard error
+    counts the chains and the effective draws that they start from.
 
     Args:
         score: The log joint and its gradient.
@@ -79,7 +81,7 @@ def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayo
     z = sample.z.to(flow.base.zeros)
     weights = sample.log_weights.exp().to(z)
     num_chains, num_transitions, num_leapfrogs = _affordable(budget / score.work)
-    chosen = sample.resample(num_chains)
+    chosen = sample.resample(min(num_chains, max(int(2 * sample.ess), FEWEST_CHAINS)))
     start = z[chosen]
     mean = weights @ z
     centred = z - mean
@@ -88,10 +90,18 @@ def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayo
     if info:
         factor = covariance.diagonal().clamp(min=1e-300).sqrt().diag()
     moved = short_chains(score, start, factor, num_transitions, num_leapfrogs)
+    if moved.acceptance < LEAST_ACCEPTED:  # the covariance is not that of any one place
+        moved = short_chains(score, start, 0.1 * factor, num_transitions, num_leapfrogs)
     deviation = covariance.diagonal().sqrt()
     rare = [_rare(score, flow, sample, z) for z in (moved.start, moved.end)]
-    return _largest((moved.start - mean) / deviation, (moved.end - mean) / deviation,
-                    (rare[1] - rare[0]), layout)
+    before, after = (_statistics((points - mean) / deviation, r)
+                     for points, r in zip((moved.start, moved.end), rare, strict=True))
+    return _largest(before, after, sample.ess, layout)
+
+
+def _statistics(x: Tensor, rare: Tensor) -> Tensor:
+    """First and second powers of standardized coordinates, and the indicators."""
+    return torch.cat([x, x.square(), rare.to(x)], -1)
 
 
 def _rare(score: Score, flow: Flow, sample: ImportanceSample, z: Tensor) -> Tensor:
@@ -119,15 +129,16 @@ def _affordable(num_gradients: float) -> tuple[int, int, int]:
     return int(chains), int(transitions), leapfrogs
 
 
-def _largest(before: Tensor, after: Tensor, rare: Tensor, layout: LatentLayout) -> Drift:
-    moves = torch.cat([after - before, after.square() - before.square(), rare.to(after)], -1)
-    error = moves.std(0) / len(moves) ** 0.5
-    error[-rare.shape[-1]:].clamp_(min=LEAST_CHANGED ** 0.5 / len(moves))
-    z_scores = (moves.mean(0) / error.clamp(min=1e-12)).abs()
-    worst = int(z_scores.argmax())
+def _largest(before: Tensor, after: Tensor, ess: float, layout: LatentLayout) -> Drift:
+    """The largest move in standard errors, of the chains and of the draws they start from."""
+    moves, dim = after - before, layout.size
+    variance = moves.var(0) / len(moves) + before.var(0) / ess
+    variance[2 * dim:].clamp_(min=LEAST_CHANGED / len(moves) ** 2)
+    z_scores = (moves.mean(0) / variance.clamp(min=1e-24).sqrt()).abs().nan_to_num(0.0)
     limit = torch.special.ndtri(torch.tensor(
         1 - FALSE_ALARM / 2 / len(z_scores), dtype=torch.float64)).item()
-    moved = (after.mean(0) - before.mean(0)).abs(), (after.std(0) - before.std(0)).abs()
-    place = int(torch.maximum(*moved).argmax())
-    site = layout.at(place).name
-    return Drift(site, z_scores[worst].item(), limit, torch.maximum(*moved)[place].item())
+    worst = int(z_scores.argmax())
+    place = worst % dim if worst < 2 * dim else int(z_scores[:2 * dim].argmax()) % dim
+    size = max(moves.mean(0)[place].abs().item(),
+               (after.std(0) - before.std(0))[place].abs().item())
+    return Drift(layout.at(place).name, z_scores[worst].item(), limit, size)

@@ -15,6 +15,7 @@ CHOLESKY = (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky)
 class FactorsOrNan(TorchFunctionMode):
     """Inside, a matrix without a Cholesky factor has one of nan, instead of raising.
 
+    A model that catches the error, to add jitter say, sees nan instead.
     A log joint over a batch then is nan at the points to blame, and right at the others.
 
     Example:
@@ -29,6 +30,8 @@ class FactorsOrNan(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in CHOLESKY or "out" in kwargs:
             return func(*args, **kwargs)
+        if len(args) > 1:  # torch.cholesky(A, True)
+            args, kwargs = args[:1], {**kwargs, "upper": args[1]}
         factor, info = torch.linalg.cholesky_ex(*args, **kwargs)
         failed = info.ge(1).unsqueeze(-1).unsqueeze(-1)  # the form generated code knows
         return torch.where(failed, factor.new_full((), torch.nan), factor)

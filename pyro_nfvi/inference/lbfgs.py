@@ -13,7 +13,6 @@ ScoreFn = Callable[[Tensor], tuple[Tensor, Tensor]]  # points -> log densities, 
 ARMIJO, WOLFE = 1e-4, 0.9
 MAX_TRIALS = 25  # of step lengths, a line search
 TINY_GAIN = 1e-10  # relative gain of a step below which a path has arrived
-FEASIBLE_TRIALS = 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ def maximize(score: ScoreFn, starts: Tensor, num_steps: int = 200, memory: int =
              ) -> list[Path]:
     r"""Climb a log density from every start, all of them in one batch.
 
-    Step lengths fulfil the weak Wolfe conditions; a point without a density is a step too far.
+    Step lengths are sought by the weak Wolfe conditions; a point without a density is a step
+    too far.
 
     Args:
         score: Log densities and gradients of points.

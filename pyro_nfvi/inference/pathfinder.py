@@ -12,9 +12,9 @@ from pyro_nfvi.inference.lbfgs import Path, maximize
 from pyro_nfvi.inference.score import Score, elbo_of
 
 NUM_STEPS = 200
-NUM_CANDIDATES = 25  # points of a path whose Gaussians are compared
+NUM_CANDIDATES = 15  # points of a path whose Gaussians are compared
 ARRIVED = 0.1  # gain, in nats, that a Newton step from a mode may still promise
-NUM_DRAWS = 16  # to estimate the ELBO of each
+NUM_DRAWS = 10  # to estimate the ELBO of each
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PathGaussian:
 
     def covariance(self) -> Tensor:
         """Dense covariance ``(D, D)``."""
-        root = self.scale.unsqueeze(-1) * (torch.eye(len(self.loc), dtype=self.loc.dtype) + (
+        root = self.scale.unsqueeze(-1) * (torch.eye(len(self.loc)).to(self.loc) + (
             self.directions * self.stretch) @ self.directions.mT)
         return root @ root.mT
 
@@ -80,10 +80,10 @@ def pathfinder(score: Score, starts: Tensor) -> list[PathGaussian]:
 
 
 def _flat(path: Path) -> PathGaussian:
-    """Where there is nowhere to go, the standard normal at the start."""
+    """Where there is nowhere to go, the standard normal at the start, if nothing else is found."""
     z = path.z[-1]
     return PathGaussian(z, torch.ones_like(z), z.new_zeros(len(z), 0), z.new_zeros(0),
-                        path.log_p[-1].item(), z, arrived=False)
+                        -math.inf, z, arrived=False)
 
 
 @torch.no_grad()

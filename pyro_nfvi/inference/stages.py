@@ -56,6 +56,8 @@ class Gate:
 QUICK, THOROUGH = 5e7, 1e9  # numbers that a look for drift may compute, by what was spent before
 GOOD = Gate(0.5, 0.6)
 RUNAWAY = 1e12  # size of an unconstrained latent that no posterior has
+NOISE = 1.0  # nats by which two estimates of one ELBO may differ
+SPARE = 0.1  # k-hat by which a pilot must be better than the gate asks, as it is noisy
 MARGIN = 0.05  # effective fraction by which a fit must be worse to be undone
 PASSABLE = Gate(0.7, 0.05)  # what a verdict may still call good
 NEARLY_EXACT = Gate(math.inf, 0.999)  # k-hat is then the shape of rounding
@@ -167,7 +169,10 @@ class Stages:
             self.history.concerns.append(f"it covers one of {len(start.places)} separate modes")
             return start.flow
         mixture = mixture_of(self.score, start.places)
-        return mixture if flow_elbo(self.score, mixture) > start.elbo[0] else start.flow
+        if flow_elbo(self.score, mixture) > start.elbo[0] - NOISE:  # a small mode adds little
+            return mixture
+        self.history.concerns.append(f"it covers one of {len(start.places)} separate modes")
+        return start.flow
 
     def _flow(self) -> bool:
         """The guide's own flow, between the noise and the Gaussian."""
@@ -178,7 +183,7 @@ class Stages:
         options = replace(self.options, num_particles=MORE * self.options.num_particles)
         passed = self._trained("more particles", options)
         if not passed and self.sample is not None and PASSABLE.lets_through(self.sample):
-            self._stays(THOROUGH)
+            self._stays(last=True)
         return True
 
     def _trained(self, name: str, options: Options) -> bool:
@@ -211,22 +216,29 @@ class Stages:
             stage, pareto_k=sample.pareto_k, ess=sample.ess / sample.num_samples,
             elbo=sample.elbo[0])
         enough = GOOD.lets_through(sample) or NEARLY_EXACT.lets_through(sample)
-        return enough and self._stays(QUICK if stage.num_steps == 0 else THOROUGH)
+        return enough and self._stays(last=stage.num_steps > 0)
 
-    def _stays(self, budget: float) -> bool:
-        """Whether short chains stay where the draws are; if not, that is a concern."""
+    def _stays(self, last: bool) -> bool:
+        """Whether short chains stay where the draws are; if not, that is a concern.
+
+        That of a Gaussian only keeps the gate shut: the flow may cure it. That of a flow stays,
+        as luck at a later look does not undo it.
+        """
+        if self.history.concerns:
+            return False
         assert self.sample is not None
-        found = drift(self.score, self.guide._flow(), self.sample, self.log_joint.layout, budget)
-        if found.found and not self.history.concerns:
-            self.history.concerns.append(str(found))  # luck at a later look does not undo it
-        return not self.history.concerns
+        found = drift(self.score, self.guide._flow(), self.sample, self.log_joint.layout,
+                      THOROUGH if last else QUICK)
+        if found.found and last:
+            self.history.concerns.append(str(found))
+        return not found.found
 
     def _draw(self) -> None:
         flow = self.guide._flow()
         self.sample = importance_sample(flow, self.log_joint, NUM_DRAWS)
         if GOOD.lets_through(self.sample):
             return
-        better = heavier_tails(flow, self.log_joint, self.sample, GOOD.pareto_k)
+        better = heavier_tails(flow, self.log_joint, self.sample, GOOD.pareto_k - SPARE)
         if better is not flow:
             sample = importance_sample(better, self.log_joint, NUM_DRAWS)
             passed = GOOD.lets_through(sample) or sample.elbo[0] > self.sample.elbo[0]

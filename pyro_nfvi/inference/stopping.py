@@ -67,6 +67,7 @@ class UntilFlat(OneCycle):
         super().__init__(num_steps)
         self.budget = num_steps
         self.hold: int | None = None  # steps before the fall
+        self.looked = 0  # step of the last look
         self.flat = 0  # looks in a row at which the ELBO was flat
 
     def rates(self, start: int, count: int) -> list[float]:
@@ -79,8 +80,9 @@ class UntilFlat(OneCycle):
     def look(self, elbo: Sequence[float]) -> None:
         """Let the rate fall if the ELBO is flat, or half the budget is spent."""
         step = len(elbo)
-        if self.hold is not None or not step or step % LOOK_EVERY:
+        if self.hold is not None or step == self.looked or step % LOOK_EVERY:
             return
+        self.looked = step
         self.flat = self.flat + 1 if is_flat(elbo[step // 2:]) else 0
         if step >= LONGEST_HOLD * self.budget or (step >= FEWEST and self.flat >= FLAT_LOOKS):
             self.hurry(step)

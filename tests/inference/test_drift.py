@@ -160,5 +160,5 @@ def test_the_chains_are_as_many_as_can_be_paid():
 def test_a_move_within_the_limit_is_no_drift():
     assert not Drift("x", 3.9, 4.0, 0.1).found
     assert Drift("x", 4.1, 4.0, 0.1).found
-    assert str(Drift("x", 4.1, 4.0, 0.1)).endswith("most at site 'x' (by 0.10 sd, 4.1 standard "
-                                                   "errors)")
+    assert str(Drift("x", 4.1, 4.0, 0.1)).endswith("(4.1 standard errors), most at site 'x' "
+                                                   "(by 0.10 sd)")

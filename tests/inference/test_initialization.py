@@ -67,7 +67,8 @@ def test_two_separated_modes_are_two_places_the_heavier_first(seed, match):
              normal(torch.full((3,), 4.0), covariance(3, 10.0, seed=1)))
     start = start_of(mixture([0.9, 0.1], *parts), 3, 8.0, match=match)
     expected = torch.stack([part.loc for part in parts])
-    torch.testing.assert_close(places(start), expected, rtol=0, atol=0.1)
+    rough = 0.1 if match else 0.5  # Pathfinder alone, from few draws
+    torch.testing.assert_close(places(start), expected, rtol=0, atol=rough)
     for found, weight in zip(start.elbo, (0.9, 0.1), strict=True):
         error = 0.05 if match else 1.0  # Pathfinder's own covariance is rough
         assert found == pytest.approx(torch.tensor(weight).log().item(), abs=error)

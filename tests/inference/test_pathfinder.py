@@ -91,7 +91,7 @@ def test_a_flat_log_joint_gives_the_standard_normal_at_the_start():
     found, = pathfinder(Score(lambda z: 0 * z.sum(-1) - 3.0), start)
     assert torch.equal(found.loc, start[0])
     torch.testing.assert_close(found.covariance(), torch.eye(2, dtype=DOUBLE))
-    assert found.elbo == -3.0
+    assert found.elbo == float("-inf")  # nothing is known, so that all else comes first
     assert not found.arrived
 
 
@@ -118,7 +118,7 @@ def test_candidates_are_spread_over_the_path_and_dense_at_its_end(count):
     assert chosen[-1] == count - 1
     late = min(count, NUM_CANDIDATES // 2)
     assert chosen[-late:] == list(range(count - late, count))
-    assert max(b - a for a, b in zip([-1, *chosen], chosen, strict=False)) <= 1 + count // 10
+    assert max(b - a for a, b in zip([-1, *chosen], chosen, strict=False)) <= 1 + count // 7
 
 
 def test_paths_longer_than_the_candidates_keep_their_ends():
