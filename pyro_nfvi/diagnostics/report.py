@@ -11,6 +11,7 @@ from pyro_nfvi.inference import History, ImportanceSample
 
 GOOD_K = 0.5  # below: the draws could do without weights
 MIN_ESS = 0.1  # fraction of the draws below which the weights rest on too few of them
+MIN_ESS_WEIGHTED = 0.3  # the same where k-hat says that the draws need their weights
 EQUAL_ESS = 0.999  # weights this equal change nothing, whatever the shape of their tail
 
 
@@ -80,9 +81,10 @@ def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
     if not k < bar:
         return False, (f"Verdict: do not trust these draws (k-hat {k:.2f}, should be below "
                        f"{bar:.2f}): the guide misses part of the posterior. {note or _advice()}")
-    if ess < MIN_ESS * sample.num_samples:
+    needed = (MIN_ESS if k < GOOD_K else MIN_ESS_WEIGHTED) * sample.num_samples
+    if ess < needed:
         return False, (f"Verdict: too few effective draws ({ess:,.0f}, should be at least "
-                       f"{MIN_ESS * sample.num_samples:,.0f}). {note or _advice()}")
+                       f"{needed:,.0f}). {note or _advice()}")
     if k < GOOD_K:
         return True, f"Verdict: good (k-hat below {GOOD_K}).{_after(note)}"
     return True, (f"Verdict: good after weighting (k-hat below {bar:.2f}); "

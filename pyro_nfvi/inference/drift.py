@@ -14,7 +14,7 @@ from pyro_nfvi.inference.importance import ImportanceSample
 from pyro_nfvi.inference.score import Score
 
 FALSE_ALARM = 1e-3  # probability of one, over all coordinates
-FEWEST_CHAINS, MOST_CHAINS = 50, 2000
+FEWEST_CHAINS, MOST_CHAINS = 50, 4000
 FEWEST_TRANSITIONS, MOST_TRANSITIONS = 5, 100
 MOST_LEAPFROGS = 8
 MANY = 10_000  # gradients, above which the most leapfrog steps are made
