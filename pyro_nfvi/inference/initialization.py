@@ -19,7 +19,8 @@ MORE_STARTS = 24  # once there is more than one place to find
 MAX_PLACES = 8
 MAX_FULL = 400  # latents up to which a covariance is full
 NUM_DRAWS = 256  # that compare the ELBO of Gaussians
-FAR = 5.0  # standard deviations, of the narrower one, between two places
+FAR = 5.0  # standard deviations between two places, by the wider of them
+SPIKE = 40.0  # the same by the narrower: a spike within reach of a broad place is its own
 NEGLIGIBLE = 10.0  # nats of ELBO by which a place may fall behind the best one
 MAX_SEARCHED = 20  # latents up to which points are scattered in search of further modes
 SEARCH_BUDGET = 4e7  # numbers computed for that, and the most points
@@ -181,9 +182,9 @@ def _ranked(score: Score, flows: Sequence[Flow]) -> GaussianStart:
 
 
 @torch.no_grad()
-def flow_elbo(score: Score, flow: Flow) -> float:
-    """ELBO of a flow, from a few hundred draws."""
-    z, log_q = flow.rsample_and_log_prob((NUM_DRAWS,))
+def flow_elbo(score: Score, flow: Flow, num_draws: int = NUM_DRAWS) -> float:
+    """ELBO of a flow."""
+    z, log_q = flow.rsample_and_log_prob((num_draws,))
     return elbo_of(score.value(z) - log_q).item()
 
 
@@ -192,7 +193,7 @@ def _flows_apart(score: Score, a: Flow, b: Flow) -> bool:
     ends = (a.bijection.shift, b.bijection.shift)
     gaps = [flow.bijection.inverse(end)[0].norm().item()
             for flow, end in ((a, ends[1]), (b, ends[0]))]
-    return max(gaps) > FAR and _dips(score, *ends)
+    return (min(gaps) > FAR or max(gaps) > SPIKE) and _dips(score, *ends)
 
 
 def _dips(score: Score, start: Tensor, end: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from pyro_nfvi.inference.score import Score
 
 NUM_DRAWS = 1000  # of each place, to find the weights
 NUM_ROUNDS = 50
+SEPARATE = 0.99  # of the draws of a place that must be its own
 LEAST_WEIGHT = 1e-4  # below, a place is left out
 
 
@@ -26,9 +28,12 @@ def mixture_of(score: Score, places: Sequence[Flow]) -> Flow:
               \frac{\pi_k q_k(z_i)}{\sum_j \pi_j q_j(z_i)}, \qquad
               w_i \propto \frac{p(x, z_i)}{\sum_j q_j(z_i)}
 
+    Places that overlap are the bends of one, which a flow follows better: then the first is
+    returned.
+
     Args:
         score: The log joint and its gradient.
-        places: Gaussians of full covariance.
+        places: Gaussians of full covariance, the best first.
 
     References:
         Cappe, Douc, Guillin, Marin & Robert (2008), Adaptive importance sampling in general
@@ -37,10 +42,22 @@ def mixture_of(score: Score, places: Sequence[Flow]) -> Flow:
     weights = _weights(score, places)
     kept = [(place, float(w)) for place, w in zip(places, weights, strict=True)
             if w > LEAST_WEIGHT]
+    if not _separate(kept):
+        return places[0]
     loc, factor = _moments(kept)
     frame = FixedLinear(loc, factor)
     parts = [Flow(_inside(place, frame), Gaussian(frame.input_dim).to(loc)) for place, _ in kept]
     return Flow(frame, MixtureOfFlows(parts, [w for _, w in kept]).to(loc))
+
+
+def _separate(parts: Sequence[tuple[Flow, float]]) -> bool:
+    """Whether almost every draw of a place belongs to that place."""
+    for own, (place, _) in enumerate(parts):
+        z, _ = place.rsample_and_log_prob((NUM_DRAWS,))
+        log_q = torch.stack([flow.log_prob(z) + math.log(w) for flow, w in parts], -1)
+        if log_q.softmax(-1)[:, own].mean() < SEPARATE:
+            return False
+    return True
 
 
 def _weights(score: Score, places: Sequence[Flow]) -> Tensor:
