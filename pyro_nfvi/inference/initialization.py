@@ -85,7 +85,10 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
     searchable = len(found[0].loc) <= MAX_SEARCHED and not score.failed
     if match and found[0].arrived and searchable:
         flows = _with_narrow_places(score, flows)
-    return _ranked(score, flows)
+    ranked = _ranked(score, flows)
+    if found[0].arrived:
+        return ranked
+    return GaussianStart(ranked.places[:1], ranked.elbo[:1])  # no modes, but a way to infinity
 
 
 def _num_matched(score: Score) -> int:
