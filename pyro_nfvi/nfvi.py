@@ -22,7 +22,7 @@ from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import auto
 from pyro_nfvi.guides import AutoFlow, LatentLayout
 from pyro_nfvi.inference import ELBO, History, LogJoint
-from pyro_nfvi.inference.log_joint import default_dtype, is_data
+from pyro_nfvi.inference.log_joint import default_dtype, first_bad, is_data
 from pyro_nfvi.inference.stages import Options, Stages
 from pyro_nfvi.posterior import Posterior
 
@@ -135,7 +135,8 @@ class NFVI:
         try:
             return guide, fresh, self._set_up(guide, args, kwargs, dtype)
         except RuntimeError:  # single precision inside the model, or an error it has anyway
-            guide.prototype_trace = guide.prototype_trace if built else None
+            if not built:
+                guide.prototype_trace = None
             for name in set(store) - known:  # made in the wrong type
                 del store[name]
         return guide, fresh, self._set_up(guide, args, kwargs, None)
@@ -188,12 +189,10 @@ def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> Non
     with suppress(Exception), pyro.validation_enabled(False), forked_rng():
         trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
         trace.compute_log_prob()
-        for name, node in trace.nodes.items():
-            if node["type"] == "sample" and not node["log_prob"].isfinite().all():
-                error = ValueError(f"NFVI: the log joint is not finite at the start; first bad "
-                                   f"site {name!r}. Start elsewhere: AutoFlow(model, "
-                                   "init_loc_fn=..., init_scale=...).")
-                break
+        if (name := first_bad(trace)) is not None:
+            error = ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
+                               f"{name!r}. Start elsewhere: AutoFlow(model, init_loc_fn=..., "
+                               "init_scale=...).")
     raise error
 
 
@@ -284,11 +283,8 @@ def _checked_objective(objective: Any) -> Callable:
 
 
 def _checked_seconds(max_seconds: Any) -> float:
-    number = isinstance(max_seconds, (int, float)) and not isinstance(max_seconds, bool)
-    if not number or not max_seconds > 0:
-        raise ValueError(f"NFVI expected `max_seconds` to be a positive number, got "
-                         f"{max_seconds!r}.")
-    return float(max_seconds)
+    endless = isinstance(max_seconds, float) and max_seconds == math.inf
+    return math.inf if endless else check_positive_float("NFVI", "max_seconds", max_seconds)
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | None:

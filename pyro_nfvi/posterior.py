@@ -16,8 +16,7 @@ from pyro_nfvi.diagnostics import Summary, plot_elbo, summarize, to_inference_da
 from pyro_nfvi.engine import Engine
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint, importance_sample
-
-NUM_SAMPLES = 10_000  # draws behind k-hat, weights and summaries
+from pyro_nfvi.inference.importance import NUM_SAMPLES
 
 
 class Posterior:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_nfvi.flows import Flow
 from pyro_nfvi.guides import LatentLayout
+from pyro_nfvi.inference.factors import factor_or_scales
 from pyro_nfvi.inference.hmc import short_chains
 from pyro_nfvi.inference.importance import ImportanceSample
 from pyro_nfvi.inference.score import Score
@@ -86,14 +87,13 @@ def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayo
     mean = weights @ z
     centred = z - mean
     covariance = (weights.unsqueeze(-1) * centred).mT @ centred
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if info:
-        factor = covariance.diagonal().clamp(min=1e-300).sqrt().diag()
+    factor = factor_or_scales(covariance)
     moved = short_chains(score, start, factor, num_transitions, num_leapfrogs)
     if moved.acceptance < LEAST_ACCEPTED:  # the covariance is not that of any one place
         moved = short_chains(score, start, 0.1 * factor, num_transitions, num_leapfrogs)
     deviation = covariance.diagonal().sqrt()
-    rare = [_rare(score, flow, sample, z) for z in (moved.start, moved.end)]
+    limits = _limits(sample)
+    rare = [_rare(score, flow, limits, points) for points in (moved.start, moved.end)]
     before, after = (_statistics((points - mean) / deviation, r)
                      for points, r in zip((moved.start, moved.end), rare, strict=True))
     return _largest(before, after, sample.ess, layout)
@@ -104,14 +104,21 @@ def _statistics(x: Tensor, rare: Tensor) -> Tensor:
     return torch.cat([x, x.square(), rare.to(x)], -1)
 
 
-def _rare(score: Score, flow: Flow, sample: ImportanceSample, z: Tensor) -> Tensor:
-    """Which points have a weight, or a density of the guide, that few draws have."""
+def _limits(sample: ImportanceSample) -> tuple[list[Tensor], list[Tensor]]:
+    """Log weights that few draws are above, and log densities of the guide that few are below."""
+    weights = sample.log_weights.exp()
+    return ([_quantile(sample.log_p - sample.log_q, weights, 1 - rare) for rare in RARE],
+            [_quantile(sample.log_q, weights, rare) for rare in RARE])
+
+
+def _rare(score: Score, flow: Flow, limits: tuple[list[Tensor], list[Tensor]], z: Tensor
+          ) -> Tensor:
+    """Which points are beyond each limit."""
     log_q = torch.cat([flow.log_prob(part) for part in z.split(CHUNK)]).double().cpu()
     log_w = score.value(z).double().cpu() - log_q
-    weights = sample.log_weights.exp()
-    return torch.stack([
-        *(log_w > _quantile(sample.log_p - sample.log_q, weights, 1 - rare) for rare in RARE),
-        *(log_q < _quantile(sample.log_q, weights, rare) for rare in RARE)], -1).double()
+    heavy, thin = limits
+    return torch.stack([*(log_w > limit for limit in heavy),
+                        *(log_q < limit for limit in thin)], -1).double()
 
 
 def _quantile(values: Tensor, weights: Tensor, level: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cholesky factors that are nan where there is none, so that one point cannot stop a batch."""
+"""Cholesky factors that do not raise where there is none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CHOLESKY = (torch.linalg.cholesky, torch.cholesky, Tensor.cholesky)
+
+
+def factor_or_scales(covariance: Tensor) -> Tensor:
+    """Cholesky factor ``(D, D)`` of a covariance; if it has none, that of its diagonal."""
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    return covariance.diagonal().clamp(min=1e-300).sqrt().diag() if info else factor
 
 
 class FactorsOrNan(TorchFunctionMode):

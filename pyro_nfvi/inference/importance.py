@@ -14,6 +14,7 @@ from pyro_nfvi import _arviz
 from pyro_nfvi.flows import Flow
 
 CHUNK = 2000  # draws scored at a time
+NUM_SAMPLES = 10_000  # draws behind a gate, k-hat, weights and summaries
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def importance_sample(flow: Flow, log_joint: Callable[[Tensor], Tensor], num_sam
     Draws whose log joint is not finite get weight zero; if none is finite, k-hat is infinite.
     """
     z, log_q = flow.rsample_and_log_prob((num_samples,))
-    log_p = torch.cat([_scored(log_joint, part) for part in z.split(CHUNK)])
+    log_p = scored(log_joint, z)
     ratios = (log_p - log_q).double().cpu()
     ratios = ratios.where(ratios.isfinite(), torch.tensor(-np.inf, dtype=ratios.dtype))
     log_weights, pareto_k = _smooth(ratios.numpy())
@@ -93,14 +94,20 @@ def importance_sample(flow: Flow, log_joint: Callable[[Tensor], Tensor], num_sam
                             torch.from_numpy(log_weights), pareto_k)
 
 
-def _scored(log_joint: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Log joint of draws; a draw at which a matrix has no factor gets nan, not the others."""
+def scored(log_joint: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Log joint of draws, so many at a time; nan where a matrix has no factor."""
+    blank = z.new_full((1,), torch.nan)
+    return torch.cat([bisected(log_joint, part, blank) for part in z.split(CHUNK)])
+
+
+def bisected(function: Callable[[Tensor], Tensor], z: Tensor, blank: Tensor) -> Tensor:
+    """Results at a batch of points; ``blank`` where a matrix has no factor, not at the others."""
     try:
-        return log_joint(z)
+        return function(z)
     except torch.linalg.LinAlgError:
         if len(z) == 1:
-            return z.new_full((1,), torch.nan)
-        return torch.cat([_scored(log_joint, half) for half in z.tensor_split(2)])
+            return blank
+        return torch.cat([bisected(function, half, blank) for half in z.tensor_split(2)])
 
 
 def _smooth(ratios: np.ndarray) -> tuple[np.ndarray, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_nfvi.flows import FixedLinear, FixedLowRank, Flow, Gaussian
 from pyro_nfvi.inference.batch_and_match import batch_and_match
+from pyro_nfvi.inference.factors import factor_or_scales
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.pathfinder import PathGaussian, pathfinder
 from pyro_nfvi.inference.score import Score, elbo_of
@@ -162,10 +163,7 @@ def _standard(score: Score, like: Flow, elbo: float) -> list[Flow]:
 
 
 def _dense(loc: Tensor, covariance: Tensor) -> Flow:
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if info:
-        factor = covariance.diagonal().clamp(min=1e-300).sqrt().diag()
-    return Flow(FixedLinear(loc, factor), Gaussian(len(loc)).to(loc))
+    return Flow(FixedLinear(loc, factor_or_scales(covariance)), Gaussian(len(loc)).to(loc))
 
 
 def _low_rank(gaussian: PathGaussian) -> Flow:

@@ -110,11 +110,10 @@ class LogJoint:
         with self.surroundings(), torch.no_grad():
             trace = self._trace_at(values)
             trace.compute_log_prob()
-        for name, node in trace.nodes.items():
-            if node["type"] == "sample" and not _finite(node["log_prob"]):
-                where = _shown(values[name]) if name in values else "observed"
-                return f"{name!r} ({where})"
-        return "none alone: their sum overflows"
+        name = first_bad(trace)
+        if name is None:
+            return "none alone: their sum overflows"
+        return f"{name!r} ({_shown(values[name]) if name in values else 'observed'})"
 
     def _log_density(self, z: Tensor) -> Tensor:
         values, log_det = self.layout.constrain(z)
@@ -165,6 +164,12 @@ def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def first_bad(trace: Trace) -> str | None:
+    """Name of the first site of a scored trace whose log-density is not finite."""
+    return next((name for name, node in trace.nodes.items()
+                 if node["type"] == "sample" and not _finite(node["log_prob"])), None)
 
 
 def _finite(value: Any) -> bool:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi.engine.compiled import Compiled
+from pyro_nfvi.inference.importance import bisected, scored
 from pyro_nfvi.inference.log_joint import LogJoint
 
-CHUNK = 2000  # points scored at a time
 FAILURE_WORK = 1000.0  # times the work, if points have to be told apart one by one
 UNKNOWN_WORK = 1e5  # numbers a point, of a model that cannot be recorded
 
@@ -65,16 +65,8 @@ class Score:
     @torch.no_grad()
     def value(self, z: Tensor) -> Tensor:
         """Log joint of every point, without a gradient; minus infinity where there is none."""
-        log_p = torch.cat([self._value(part) for part in z.split(CHUNK)])
+        log_p = scored(self.log_joint, z)
         return log_p.where(log_p.isfinite(), log_p.new_tensor(-torch.inf))
-
-    def _value(self, z: Tensor) -> Tensor:
-        try:
-            return self.log_joint(z)
-        except torch.linalg.LinAlgError:
-            if len(z) == 1:
-                return z.new_full((1,), torch.nan)
-            return torch.cat([self._value(half) for half in z.tensor_split(2)])
 
     def _raw(self, z: Tensor) -> tuple[Tensor, Tensor]:
         try:
@@ -85,13 +77,11 @@ class Score:
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Find the points without a value, which get nan; the others keep theirs."""
-        try:
-            return _value_and_gradient(self.log_joint, z)
-        except torch.linalg.LinAlgError:
-            if len(z) == 1:
-                return z.new_full((1,), torch.nan), torch.zeros_like(z)
-            halves = [self._split(half) for half in z.tensor_split(2)]
-            return torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])
+        def side_by_side(part: Tensor) -> Tensor:
+            log_p, gradient = _value_and_gradient(self.log_joint, part)
+            return torch.cat([log_p.unsqueeze(-1), gradient], -1)
+        both = bisected(side_by_side, z, z.new_full((1, 1 + z.shape[-1]), torch.nan))
+        return both[:, 0], both[:, 1:]
 
     def _batch(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if len(z) not in self._compiled:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_nfvi.flows import FixedLinear, Flow, Gaussian, LowRank, Triangular
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference.drift import drift
-from pyro_nfvi.inference.importance import ImportanceSample, importance_sample
+from pyro_nfvi.inference.importance import NUM_SAMPLES, ImportanceSample, importance_sample
 from pyro_nfvi.inference.initialization import (
     NUM_STARTS,
     GaussianStart,
@@ -30,7 +30,6 @@ from pyro_nfvi.inference.score import Score
 from pyro_nfvi.inference.stopping import FEWEST, OneCycle, UntilFlat
 from pyro_nfvi.inference.tails import heavier_tails
 
-NUM_DRAWS = 10_000  # behind a gate, and then behind every statistic of the posterior
 MAX_TRIANGULAR = 128  # latents up to which the affine map inside the frame is triangular
 MORE = 2  # times as many particles, after a gate that stayed shut
 
@@ -232,12 +231,12 @@ class Stages:
 
     def _draw(self) -> None:
         flow = self.guide._flow()
-        self.sample = importance_sample(flow, self.log_joint, NUM_DRAWS)
+        self.sample = importance_sample(flow, self.log_joint, NUM_SAMPLES)
         if GOOD.lets_through(self.sample):
             return
         better = heavier_tails(flow, self.log_joint, self.sample, GOOD.pareto_k - SPARE)
         if better is not flow:
-            sample = importance_sample(better, self.log_joint, NUM_DRAWS)
+            sample = importance_sample(better, self.log_joint, NUM_SAMPLES)
             passed = GOOD.lets_through(sample) or sample.elbo[0] > self.sample.elbo[0]
             if passed and _rank(sample) > _rank(self.sample):
                 self.sample, self.guide.flow = sample, better

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from pyro_nfvi.flows import Flow, Gaussian, MixtureOfFlows, MultivariateStudentT, StudentT
 from pyro_nfvi.flows.base import Base
@@ -12,10 +13,7 @@ NUM_PILOT = 2000  # draws that compare the tails
 ENOUGH = 0.9  # effective fraction at which no further noise is tried
 MOST_LOST = 0.5  # nats of ELBO
 HEAVIER: tuple[Callable[[int], Base], ...] = tuple(
-    lambda dim, kind=kind, df=df: kind(dim, df)  # type: ignore[misc]
-    for kind, df in ((MultivariateStudentT, 30.0), (MultivariateStudentT, 10.0),
-                     (MultivariateStudentT, 3.0), (StudentT, 30.0), (StudentT, 10.0),
-                     (StudentT, 3.0)))
+    partial(kind, df=df) for kind in (MultivariateStudentT, StudentT) for df in (30.0, 10.0, 3.0))
 
 
 def heavier_tails(flow: Flow, log_joint: Callable, now: ImportanceSample, wanted: float
