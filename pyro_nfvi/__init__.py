@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp
+    from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
     from pyro_nfvi.guides import (
         AutoFlow,
         AutoGaussian,
@@ -43,6 +43,7 @@ __all__ = [
     "planar",
     "radial",
     "realnvp",
+    "sylvester",
 ]
 
 _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference",

@@ -23,6 +23,7 @@ from pyro_nfvi import flows, testing
 from pyro_nfvi.flows import (
     Additive,
     Affine,
+    Amortized,
     Autoregressive,
     Base,
     Bijection,
@@ -89,7 +90,7 @@ BASES: dict[str, Callable[[int], Base]] = {
 
 RECIPES: dict[str, Callable[..., Bijection]] = {
     name: partial(getattr(flows, name), num_layers=2)
-    for name in ("planar", "radial", "iaf", "maf", "nice", "realnvp", "nsf")
+    for name in ("planar", "radial", "iaf", "maf", "nice", "realnvp", "nsf", "sylvester")
 }
 RECIPES["auto"] = flows.auto
 
@@ -121,6 +122,11 @@ def mixed_stack(input_dim: int, context_dim: int = 0) -> Compose:
     return Compose([Triangular(input_dim, context_dim), reversal(input_dim),
                     Planar(input_dim, context_dim), reversal(input_dim),
                     Inverse(Coupling(input_dim, context_dim))])
+
+
+def amortized(input_dim: int, context_dim: int = 0) -> Bijection:
+    """A layer in units of the context, which there has to be."""
+    return Amortized(Coupling(input_dim, 2), context_dim) if context_dim else Coupling(input_dim)
 
 
 def alternate(input_dim: int, context_dim: int = 0) -> Coupling:
@@ -168,6 +174,7 @@ BIJECTIONS: dict[str, Callable[[int, int], Bijection]] = {
     "radial": Radial,
     "sylvester": Sylvester,
     "sylvester-one-ridge": partial(Sylvester, num_ridges=1),
+    "amortized": amortized,
     "coupling-mask": alternate,
     "autoregressive-reverse": partial(Autoregressive, reverse=True),
     "autoregressive-one-pass": partial(Autoregressive, num_passes=1),

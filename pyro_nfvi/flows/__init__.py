@@ -5,6 +5,7 @@ log-determinant; a :class:`Flow` adds a :class:`Base` and is a distribution; a r
 :func:`nsf` stacks layers under their paper's name. Nothing here knows Pyro.
 """
 
+from pyro_nfvi.flows.amortized import Amortized
 from pyro_nfvi.flows.autoregressive import Autoregressive
 from pyro_nfvi.flows.base import (
     Base,
@@ -31,7 +32,17 @@ from pyro_nfvi.flows.linear import (
 from pyro_nfvi.flows.mixture import MixtureOfFlows
 from pyro_nfvi.flows.nets import MLP, MaskedMLP
 from pyro_nfvi.flows.planar import Planar, Radial, Sylvester
-from pyro_nfvi.flows.recipes import auto, iaf, maf, nice, nsf, planar, radial, realnvp
+from pyro_nfvi.flows.recipes import (
+    auto,
+    iaf,
+    maf,
+    nice,
+    nsf,
+    planar,
+    radial,
+    realnvp,
+    sylvester,
+)
 from pyro_nfvi.flows.spline import RationalQuadraticSpline
 from pyro_nfvi.flows.transform import BijectionTransform, FromTransform
 from pyro_nfvi.flows.transformers import Additive, Affine, Transformer
@@ -40,6 +51,7 @@ __all__ = [
     "MLP",
     "Additive",
     "Affine",
+    "Amortized",
     "Autoregressive",
     "Base",
     "BaseDistribution",
@@ -79,4 +91,5 @@ __all__ = [
     "planar",
     "radial",
     "realnvp",
+    "sylvester",
 ]

@@ -18,7 +18,7 @@ from pyro_nfvi.flows.compose import Compose
 from pyro_nfvi.flows.coupling import Coupling
 from pyro_nfvi.flows.linear import Diagonal
 from pyro_nfvi.flows.nets import HIDDEN_DIMS
-from pyro_nfvi.flows.planar import Planar, Radial
+from pyro_nfvi.flows.planar import Planar, Radial, Sylvester
 from pyro_nfvi.flows.spline import RationalQuadraticSpline
 from pyro_nfvi.flows.transformers import Additive, Affine, Transformer
 
@@ -33,6 +33,13 @@ def planar(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Comp
 def radial(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compose:
     """Radial flow of Rezende & Mohamed (2015), arXiv:1505.05770."""
     return _stack("radial", num_layers, lambda _: Radial(input_dim, context_dim))
+
+
+def sylvester(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
+              num_ridges: int | None = None) -> Compose:
+    """Sylvester flow of van den Berg et al. (2018), arXiv:1803.05649."""
+    return _stack("sylvester", num_layers,
+                  lambda _: Sylvester(input_dim, context_dim, num_ridges=num_ridges))
 
 
 def iaf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,

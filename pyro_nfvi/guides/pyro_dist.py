@@ -10,6 +10,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, register_kl
 
+from pyro_nfvi.flows import BijectionTransform, Flow
 from pyro_nfvi.flows.base import Base, BaseDistribution
 
 LogDet = Callable[[Tensor], Tensor]
@@ -95,3 +96,12 @@ class LatentDistribution(dist.TransformedDistribution):
     def variance(self) -> Tensor:
         """Estimated variance of each coordinate."""
         return self.moments()[1].square().expand(self.batch_shape + self.event_shape)
+
+
+def conditional(flow: Flow, context: Tensor) -> dist.TransformedDistribution:
+    """A flow given its context, one a batch element, as a Pyro distribution.
+
+    A draw of it is scored in the pass that made it.
+    """
+    noise = NoiseDistribution(flow.base, context.shape[:-1])
+    return dist.TransformedDistribution(noise, [BijectionTransform(flow.bijection, context)])

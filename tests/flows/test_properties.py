@@ -295,7 +295,7 @@ def missing_line(name: str, table: str) -> str:
 @pytest.mark.parametrize("name", concrete(Bijection))
 def test_every_bijection_has_a_case(name):
     built = {type(module).__name__ for make in BIJECTIONS.values()
-             for module in make(INPUT_DIM, 0).modules()}
+             for context_dim in (0, 2) for module in make(INPUT_DIM, context_dim).modules()}
     assert name in built, missing_line(name, "BIJECTIONS")
 
 
