@@ -29,6 +29,7 @@ HIDDEN_STATE = ("run again, the model differs from its recording: it depends on 
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
 ATTEMPTS = 5  # to record, if a factorization fails
+MANY_PRODUCTS, PRODUCTS_A_NUMBER = 5e7, 50  # multiplications a call, and for each number computed
 WORTH_INDUCTOR = 60.0  # seconds a fit must take before a minute of compilation pays
 # Largest differences from Python that rounding explains: of the value, and of its gradient.
 TOLERANCES = {torch.float64: (1e-8, 1e-5)}
@@ -64,7 +65,8 @@ class Compiled:
         inputs: The tensors it depends on.
         tier: One of :data:`TIERS`, or ``"auto"``.
         num_calls: Number of calls planned, which decides how much compilation pays.
-        trains: Whether the inputs are parameters that generated code is to update itself.
+        num_trained: How many of the inputs, from the first, are parameters that generated code
+            is to update itself.
         python: What to compare with. Default: the function.
 
     Attributes:
@@ -75,11 +77,11 @@ class Compiled:
     """
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor],
-                 tier: str = "auto", num_calls: int = 1000, trains: bool = False,
+                 tier: str = "auto", num_calls: int = 1000, num_trained: int = 0,
                  python: PythonProgram | None = None) -> None:
         start = time.perf_counter()
         self.python = PythonProgram(function, inputs) if python is None else python
-        self.num_calls, self.trains = num_calls, trains
+        self.num_calls, self.num_trained = num_calls, num_trained
         self.recording, self.reason = (None, "") if tier == "eager" \
             else try_record(function, inputs)
         self.trusted = False
@@ -143,12 +145,20 @@ class Compiled:
     def _candidates(self, tier: str) -> Iterator[str]:
         if tier != "auto":
             yield tier
-        else:
-            yield "cuda_graph" if self.python.live[0].device.type == "cuda" else "c"
-            if self._is_long():
-                yield "inductor"
+        elif self.python.live[0].device.type == "cuda":
+            yield "cuda_graph"
+        elif not self._is_for_libraries():
+            yield "c"
+        if tier == "auto" and self._is_long():
+            yield "inductor"
         if tier != "fx":
             yield "fx"
+
+    def _is_for_libraries(self) -> bool:
+        """Whether matrix products are most of the work: torch's libraries use every core."""
+        assert self.recording is not None
+        products = self.recording.num_products
+        return products > max(MANY_PRODUCTS, PRODUCTS_A_NUMBER * self.recording.num_computed)
 
     def _is_long(self) -> bool:
         """Whether the calls take so long without a compiler that a minute of building pays."""
@@ -176,8 +186,8 @@ class Compiled:
         if tier == "inductor":
             return InductorProgram(recording)
         if tier == "cuda_graph":
-            return CudaGraphProgram(recording, *self._example())
-        return CProgram(recording, *self._example(), self.trains)
+            return CudaGraphProgram(recording, *self._example(), self.num_trained)
+        return CProgram(recording, *self._example(), self.num_trained)
 
 
 def check_tier(owner: str, compile: Any) -> str:

@@ -71,13 +71,14 @@ class CudaGraphProgram(GraphProgram):
         recording: The graph.
         inputs: Example inputs.
         draws: Example draws.
+        num_trained: How many of the inputs, from the first, are parameters.
     """
 
-    def __init__(self, recording: Recording, inputs: Sequence[Tensor], draws: Sequence[Tensor]
-                 ) -> None:
+    def __init__(self, recording: Recording, inputs: Sequence[Tensor], draws: Sequence[Tensor],
+                 num_trained: int = 0) -> None:
         super().__init__(recording)
         self.held = [t.detach().clone() for t in [*inputs, *draws]]
-        self.example = list(draws)
+        self.example = [*inputs[num_trained:], *draws]
         self.outputs: list[Tensor] = []
         self.launch = captured(self._run)
         self.loop: DeviceLoop | None = None

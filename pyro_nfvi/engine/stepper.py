@@ -25,6 +25,7 @@ class Stepper(Compiled):
         parameters: Tensors to optimise, which the function uses.
         tier: One of :data:`TIERS`, or ``"auto"``.
         num_steps: Number of steps planned, which decides how much compilation pays.
+        feeds: Other tensors that the function uses, such as a minibatch: each step has its own.
 
     Attributes:
         state: Parameters and moments.
@@ -34,15 +35,16 @@ class Stepper(Compiled):
     """
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor],
-                 tier: str = "auto", num_steps: int = 1000) -> None:
-        self.state = AdamState(parameters)
+                 tier: str = "auto", num_steps: int = 1000, feeds: Sequence[Tensor] = ()
+                 ) -> None:
+        self.state, self.feeds = AdamState(parameters), list(feeds)
         self.seconds, self.made = 0.0, 0
         self.failed: list[Tensor] | None = None
         self.raised: torch.linalg.LinAlgError | None = None
         self.elbo: list[float] = []
         self.block: list[Tensor] = []  # noise, of which so many steps are used
         self.used = 0
-        super().__init__(function, parameters, tier, num_steps, trains=True)
+        super().__init__(function, [*parameters, *feeds], tier, num_steps, len(parameters))
 
     @property
     def engine(self) -> Engine:
@@ -55,10 +57,14 @@ class Stepper(Compiled):
         """Memory of the random numbers of one step."""
         return sum(d.num_bytes for d in self.recording.draws) if self.recording else 0
 
-    def run(self, rates: Sequence[float]) -> int:
+    def run(self, rates: Sequence[float], fed: Sequence[Tensor] = ()) -> int:
         """Make one step at each rate; stop before one that is not finite.
 
         Whatever ends the run, ``elbo`` and ``state`` hold the steps that were made.
+
+        Args:
+            rates: Learning rate of each step.
+            fed: Values ``(num_steps, *shape)`` of each of the feeds.
 
         Returns:
             The number of steps made.
@@ -66,8 +72,8 @@ class Stepper(Compiled):
         start, before = time.perf_counter(), len(self.elbo)
         self.failed = self.raised = None
         try:
-            for part, draws in self._parts(rates):
-                if not self._make(part, draws):
+            for part, given, draws in self._parts(rates, fed):
+                if not self._make(part, given, draws):
                     break
         finally:
             made = len(self.elbo) - before
@@ -76,34 +82,36 @@ class Stepper(Compiled):
         return made
 
     def inputs(self) -> list[Tensor]:
-        """The present parameters."""
-        return [view.clone() for view in self.state.views()]
+        """The present parameters and feeds."""
+        return [tensor.detach().clone() for tensor in [*self.state.views(), *self.feeds]]
 
-    def _parts(self, rates: Sequence[float]
-               ) -> Iterator[tuple[Sequence[float], list[Tensor] | None]]:
-        """Pieces of the rates and their noise.
+    def _parts(self, rates: Sequence[float], fed: Sequence[Tensor]
+               ) -> Iterator[tuple[Sequence[float], list[Tensor], list[Tensor] | None]]:
+        """Pieces of the rates, their feeds and their noise.
 
         Noise is drawn in blocks of a set size: pieces depend on the clock, results may not.
         """
         if self.recording is None:
-            yield rates, None
+            yield rates, list(fed), None
             return
         size = max(1, min(self.num_calls, BLOCK_BYTES // max(self.draw_bytes, 1)))
         while rates:
             if self.used in (0, size):
                 self.block, self.used = self.draws(size), 0
             first, count = self.used, min(size - self.used, len(rates))
-            yield rates[:count], [draw[first:first + count] for draw in self.block]
-            rates = rates[count:]
+            yield (rates[:count], [values[:count] for values in fed],
+                   [draw[first:first + count] for draw in self.block])
+            rates, fed = rates[count:], [values[count:] for values in fed]
 
-    def _make(self, rates: Sequence[float], draws: list[Tensor] | None) -> bool:
+    def _make(self, rates: Sequence[float], fed: list[Tensor], draws: list[Tensor] | None
+              ) -> bool:
         """Make the steps of one piece; whether all of them were finite."""
         before = len(self.elbo)
         if isinstance(self.program, CProgram | CudaGraphProgram):
             assert draws is not None
-            self.program.steps(self.state, rates, draws, self.elbo)
+            self.program.steps(self.state, rates, [*fed, *draws], self.elbo)
         else:
-            self._steps(rates, draws)
+            self._steps(rates, fed, draws)
         made = len(self.elbo) - before
         finite = made == len(rates)
         if draws is not None:
@@ -111,12 +119,14 @@ class Stepper(Compiled):
             self.failed = None if finite else [draw[made] for draw in draws]
         return finite
 
-    def _steps(self, rates: Sequence[float], draws: Sequence[Tensor] | None) -> None:
+    def _steps(self, rates: Sequence[float], fed: Sequence[Tensor],
+               draws: Sequence[Tensor] | None) -> None:
         state = self.state
         for i, rate in enumerate(rates):
             given = None if draws is None else [draw[i] for draw in draws]
             try:
-                elbo, *gradients = self.program(state.views(), given)  # type: ignore[arg-type]
+                inputs = [*state.views(), *(values[i] for values in fed)]
+                elbo, *gradients = self.program(inputs, given)  # type: ignore[arg-type]
             except torch.linalg.LinAlgError as error:  # a model's Cholesky factor, say
                 self.raised = error
                 return

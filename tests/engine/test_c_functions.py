@@ -27,7 +27,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def compiled(function: Function, x: Tensor) -> Tensor:
-    value, = CProgram(record(lambda: [function(x)], [x]), [x], [], trains=False)([x], [])
+    value, = CProgram(record(lambda: [function(x)], [x]), [x], [])([x], [])
     return value
 
 

@@ -381,7 +381,7 @@ def results(names: tuple[str, ...], dtype: torch.dtype) -> dict[str, list[tuple[
                            inputs)
     found = {opname(n) for n in recording.graph.graph.nodes if n.op == "call_function"}
     assert not set(names) - found, f"no case reaches {set(names) - found}"
-    made = iter(CProgram(recording, inputs, [], trains=False)(inputs, []))
+    made = iter(CProgram(recording, inputs, [])(inputs, []))
     return {name: [(e, next(made)) for e in expected[name]] for name in names}
 
 
@@ -557,7 +557,7 @@ def test_a_random_expression_is_what_torch_computes(dtype, start):
     expected = [Expression(seed)([x.detach().double().requires_grad_() for x in inputs])
                 for seed in seeds]
     recording = record(lambda: [r for seed in seeds for r in Expression(seed)(inputs)], inputs)
-    made = iter(CProgram(recording, inputs, [], trains=False)(inputs, []))
+    made = iter(CProgram(recording, inputs, [])(inputs, []))
     rtol = 1e-10 if dtype == torch.float64 else 2e-4
     for seed, tensors in zip(seeds, expected, strict=True):
         for place, tensor in enumerate(tensors):

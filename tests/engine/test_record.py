@@ -568,7 +568,7 @@ def test_single_numbers_may_be_assigned_one_by_one():
             h[t] = 0.9 * h[t - 1] + x[t]
         return [h]
     recording = record(path, [x])
-    value, = CProgram(recording, [x], [], trains=False)([x], [])
+    value, = CProgram(recording, [x], [])([x], [])
     torch.testing.assert_close(value, path()[0], rtol=1e-14, atol=0)
 
 
@@ -578,21 +578,21 @@ def test_single_numbers_may_be_assigned_one_by_one():
 def test_what_c_would_get_wrong_it_refuses(function):
     x = torch.randn(3, 3)
     with pytest.raises(Unsupported):
-        CProgram(record(lambda: [function(x)], [x]), [x], [], trains=False)
+        CProgram(record(lambda: [function(x)], [x]), [x], [])
 
 
 def test_a_division_of_integers_by_zero_does_not_end_the_process():
     x, k = torch.tensor([7, 8]), torch.tensor([2, 3])
     recording = record(lambda: [torch.div(x, k, rounding_mode="floor"), x % k,
                                 torch.div(x, k, rounding_mode="trunc")], [x, k])
-    program = CProgram(recording, [x, k], [], trains=False)
+    program = CProgram(recording, [x, k], [])
     assert [v.tolist() for v in program([x, k], [])] == [[3, 2], [1, 2], [3, 2]]
     program([x, k * 0], [])
 
 
 def test_compiled_code_refuses_tensors_of_another_shape_or_type():
     x = torch.randn(4)
-    program = CProgram(record(lambda: [x * 2], [x]), [x], [], trains=False)
+    program = CProgram(record(lambda: [x * 2], [x]), [x], [])
     for other in (torch.randn(3), torch.randn(4).double()):
         with pytest.raises(ValueError, match="other shapes or types"):
             program([other], [])

@@ -63,7 +63,7 @@ def test_generated_code_has_the_values_and_gradients_of_the_spline(inverse, dtyp
     recording = record(lambda: [r for case in cases for r in fused(*case, 8, inverse)], inputs)
     names = {node.name for node in recording.graph.graph.nodes}
     assert any("spline" in name for name in names)
-    values = CProgram(recording, inputs, [], trains=False)(inputs, [])
+    values = CProgram(recording, inputs, [])(inputs, [])
     expected = [r for case in cases for r in plain(*(t.to(DOUBLE) for t in case), 8, inverse)]
     assert_same(values, expected, tolerance)
 
@@ -125,4 +125,4 @@ def test_heights_as_one_operation_have_the_values_and_gradients_of_the_recurrenc
     expected = both(plain_heights)
     assert_same(both(ridge_heights), expected)
     recording = record(lambda: both(ridge_heights), [a, g])
-    assert_same(CProgram(recording, [a, g], [], trains=False)([a, g], []), expected)
+    assert_same(CProgram(recording, [a, g], [])([a, g], []), expected)

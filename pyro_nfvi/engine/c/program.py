@@ -27,8 +27,9 @@ class CProgram:
         recording: The graph.
         inputs: Example inputs, whose shapes and types are fixed from now on.
         draws: Example draws, whose strides are fixed too.
-        trains: Whether the inputs are parameters, the first output their ELBO, and the others
-            the gradients of its negative: then :meth:`steps` is there.
+        num_trained: How many of the inputs, from the first, are parameters. If there are any, the
+            first output is their ELBO, the others are the gradients of its negative, and
+            :meth:`steps` is there.
 
     Raises:
         Unsupported: If an operation has no rule, a tensor is not on the CPU, or no compiler
@@ -36,13 +37,13 @@ class CProgram:
     """
 
     def __init__(self, recording: Recording, inputs: Sequence[Tensor], draws: Sequence[Tensor],
-                 trains: bool) -> None:
+                 num_trained: int = 0) -> None:
         examples = [_row_major(t) for t in inputs] + list(draws)
         graph = recording.graph
         if any(t.device.type != "cpu" for t in [*examples, *graph.buffers()]):
             raise Unsupported("tensors that are not on the CPU")
         lowering = Lowering(graph, examples)
-        text = source(lowering, len(inputs) if trains else 0)
+        text = source(lowering, num_trained)
         if len(text) > LONGEST:
             raise Unsupported(f"{len(text) / 1e6:.1f} MB of code, which would take too long to "
                               "compile")
@@ -59,7 +60,7 @@ class CProgram:
         self._graph = self.library.graph
         self._graph.argtypes = [ctypes.c_void_p] * 4
         self._graph.restype = None
-        if trains:
+        if num_trained:
             self._steps = self.library.steps
             self._steps.argtypes = [ctypes.c_void_p if kind is None else kind for kind in (
                 ctypes.c_int64, *[None] * 9, ctypes.c_int64, *[None] * 3)]
@@ -84,6 +85,8 @@ class CProgram:
     def steps(self, state: AdamState, rates: Sequence[float], draws: Sequence[Tensor],
               elbo: list[float]) -> None:
         """Run Adam steps on draws ``(num_steps, *shape)``; stop before one that is not finite.
+
+        Inputs that are no parameters come first among the draws.
 
         The ELBO of each step made is added to ``elbo``, also if Ctrl-C comes meanwhile.
         """
