@@ -169,7 +169,8 @@ class Sylvester(Bijection):
         z = u + Q R \tanh(\tilde R Q^\top u + b), \qquad
         \log|\det J| = \textstyle\sum_i \log(1 + R_{ii} \tilde R_{ii} \tanh'(\cdot)_i)
 
-    :math:`Q` is :math:`D \times M` orthonormal (the QR factor of a learned matrix) and
+    :math:`Q` is :math:`D \times M` orthonormal (the QR factor of a learned matrix, whatever the
+    context: a factorization for each would cost more than all the rest, for little) and
     :math:`R, \tilde R` are upper triangular with diagonals inside :math:`(-1, 1)`. :math:`R = 0`
     is the identity. The inverse solves the triangular system from its last equation up, one
     scalar root each.
@@ -199,7 +200,7 @@ class Sylvester(Bijection):
             raise ValueError(f"Sylvester expected `num_ridges` of at most input_dim="
                              f"{self.input_dim}, got {num_ridges}.")
         size = self.num_ridges
-        self.frame = ContextParameter(torch.randn(self.input_dim, size), self.context_dim)
+        self.frame = ContextParameter(torch.randn(self.input_dim, size))
         self.outer = ContextParameter(torch.zeros(size, size), self.context_dim)
         self.inner = ContextParameter(torch.ones(size).diag(), self.context_dim)
         self.bias = ContextParameter(torch.zeros(size), self.context_dim)
@@ -220,7 +221,7 @@ class Sylvester(Bijection):
         return z - matvec(q, matvec(outer, t)), -_sylvester_log_det(outer, inner, t)
 
     def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = torch.linalg.qr(self.frame(context)).Q
+        q = torch.linalg.qr(self.frame()).Q
         outer, inner = _bounded_upper(self.outer(context)), _bounded_upper(self.inner(context))
         return q, outer, inner, self.bias(context)
 

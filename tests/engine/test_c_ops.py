@@ -29,8 +29,8 @@ ROUGH = {"i0": 32, "special_i0e": 32, "special_i1": 32, "special_i1e": 32, "spec
          "polygamma": 1e7}  # where torch errs more; test_c_functions.py knows the truth
 SUM_ULPS = 64  # of operations whose terms cancel: in units of the largest number, at least of 1
 SUMS = set("""_linalg_check_errors add addcdiv addcmul addmm addmv baddbmm bmm cumsum digamma dot
-    lerp lgamma linalg_cholesky_ex linalg_solve_triangular mean mm mv rsub sub sum tanh_backward
-    """.split())
+    lerp lgamma linalg_cholesky_ex linalg_qr linalg_solve_triangular mean mm mv rsub sub sum
+    tanh_backward """.split())
 SIGNLESS = SUMS | {"maximum", "minimum", "amax", "amin", "clamp", "special_i1",
                    "special_i1e"}  # where either zero is right
 
@@ -355,6 +355,9 @@ CASES: dict[str, list[Case]] = {
     "linalg_cholesky_ex": [lambda p: [torch.linalg.cholesky(p.spd), torch.linalg.cholesky(p.spd[0]),
                                       torch.linalg.cholesky(p.spd.mT * 2),
                                       torch.linalg.cholesky(p.spd.flip(0).mT)]],
+    "linalg_qr": [lambda p: [part for a in (p.spd, p.spd[0], p.x.T, p.tall[:, ::2], p.cube.mT,
+                                            p.x[:, :3].triu(), p.x[:, :3] * 0)
+                             for part in torch.linalg.qr(a)]],
     "_linalg_check_errors": [lambda p: [torch.linalg.cholesky(p.spd)]],
     "linalg_solve_triangular": [lambda p: [
         torch.linalg.solve_triangular(a, b, upper=upper, left=left, unitriangular=unit)

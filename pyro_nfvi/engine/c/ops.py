@@ -50,6 +50,7 @@ BINARY = {
 }
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
                "logical_and": "&&", "logical_or": "||", "logical_xor": "!= !!"}
+LARGEST_QR = 10_000  # numbers in a matrix to factorize, which lie on the stack
 HEAVY = 10  # cost of a function, against 1 of an addition
 VIEWS = """alias detach diagonal expand lift_fresh permute select slice split
     split_with_sizes squeeze t transpose unbind unsqueeze view unfold""".split()
@@ -508,6 +509,18 @@ def _cholesky(lowering: Lowering, node: fx.Node, x: Value, upper: bool = False, 
     lowering.schedule.kernel(products.cholesky(source, out), [source], [out])
     info = Number(tuple(source.shape[:-2]), torch.int32, value=0)  # the factor is nan itself
     return [out, info]
+
+
+@rule("linalg_qr")
+def _qr(lowering: Lowering, node: fx.Node, x: Value, mode: str = "reduced", **_: Any) -> list:
+    source = lowering.view(x)
+    *batch, m, n = source.shape
+    if mode != "reduced" or m < n or m * n > LARGEST_QR:
+        raise Unsupported("a QR factorization of a wide or large matrix, or a complete one")
+    q = lowering.empty((*batch, m, n), source.dtype, None)
+    r = lowering.empty((*batch, n, n), source.dtype, None)
+    lowering.schedule.kernel(products.qr(source, q, r), [source], [q, r])
+    return [q, r]
 
 
 @rule("linalg_solve_triangular")

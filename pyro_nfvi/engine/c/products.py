@@ -172,6 +172,35 @@ def solve_triangular(a: View, b: View, out: View, upper: bool, unit: bool) -> st
             f"{of(out, 'i', 'j')} = s{divide}; }}")
 
 
+def qr(source: View, q: View, r: View) -> str:
+    """QR factors of a batch of matrices, by the reflections and the signs of LAPACK."""
+    (m, n), kind = source.shape[-2:], C_TYPES[source.dtype]
+    batch, index = _batch_loops(source.shape[:-2])
+
+    def of(view: View, i: str, j: str) -> str:
+        return view.at((*index, i, j))
+    below, rows, columns = f"for (int i = k + 1; i < {m}; i++)", f"i < {m}", f"j < {n}"
+    return (
+        f"{batch} {{ {kind} w[{m * n}], tau[{n}];\n"
+        f"for (int i = 0; {rows}; i++) for (int j = 0; {columns}; j++)"
+        f" w[i * {n} + j] = {of(source, 'i', 'j')};\n"
+        f"for (int k = 0; k < {n}; k++) {{ {kind} s = 0, a = w[k * {n} + k]; tau[k] = 0;\n"
+        f"{below} s += w[i * {n} + k] * w[i * {n} + k];\n"
+        f"if (s != 0) {{ {kind} b = sqrt_{SUFFIXES[source.dtype]}(a * a + s);\n"
+        f"if (a >= 0) b = -b;\n"
+        f"tau[k] = (b - a) / b; w[k * {n} + k] = b; {below} w[i * {n} + k] /= a - b; }}\n"
+        f"for (int j = k + 1; {columns}; j++) {{ {kind} d = w[k * {n} + j];\n"
+        f"{below} d += w[i * {n} + k] * w[i * {n} + j];\n"
+        f"d *= tau[k]; w[k * {n} + j] -= d; {below} w[i * {n} + j] -= d * w[i * {n} + k]; }} }}\n"
+        f"for (int i = 0; i < {n}; i++) for (int j = 0; {columns}; j++)"
+        f" {of(r, 'i', 'j')} = j < i ? 0 : w[i * {n} + j];\n"
+        f"for (int i = 0; {rows}; i++) for (int j = 0; {columns}; j++) {of(q, 'i', 'j')} = i == j;\n"
+        f"for (int k = {n - 1}; k >= 0; k--) for (int j = k; {columns}; j++) {{\n"
+        f"{kind} d = {of(q, 'k', 'j')}; {below} d += w[i * {n} + k] * {of(q, 'i', 'j')};\n"
+        f"d *= tau[k]; {of(q, 'k', 'j')} -= d; {below} {of(q, 'i', 'j')} -= d * w[i * {n} + k];"
+        f" }} }}")
+
+
 def _batch_loops(shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
     names = tuple(f"n{d}" for d in range(len(shape)))
     heads = "".join(f"for (int {n} = 0; {n} < {size}; {n}++) "
