@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from torch import nn
 
 from pyro_nfvi import flows, guides
+from pyro_nfvi._files import read_file, write_file
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.engine import Engine
 from pyro_nfvi.flows import (
@@ -42,7 +40,7 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: History) -> None:
-    """Write a fit to ``path``, by way of a temporary file beside it.
+    """Write a fit to ``path``.
 
     Raises:
         ValueError: If an argument of the model is of a kind that a file cannot hold.
@@ -55,15 +53,7 @@ def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: H
         "args": _encoded(log_joint.args), "kwargs": _encoded(log_joint.kwargs),
         "dtype": log_joint.dtype, "history": asdict(history),
         "model_params": {k: v.detach() for k, v in log_joint.parameters(origin).items()}}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            torch.save(content, file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_file(path, content)
 
 
 def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
@@ -76,7 +66,7 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None
     if guide is not None and not isinstance(guide, AutoFlow):
         raise ValueError(f"Posterior.load expected `guide` to be an AutoFlow such as AutoIAF(model)"
                          f", got {guide!r}.")
-    content = _checked_content(path)
+    content = read_file(path, "Posterior", FORMAT, VERSION, PARTS)
     args, kwargs = tuple(_decoded(content["args"])), _decoded(content["kwargs"])
     guide = _built_guide(content["guide"], model) if guide is None else guide
     with default_dtype(content["dtype"]):
@@ -93,26 +83,6 @@ def _history(content: dict[str, Any]) -> History:
     engines = [Engine(**engine) for engine in content.pop("engines")]
     stages = [Stage(**stage) for stage in content.pop("stages")]
     return History(**content, engines=engines, stages=stages)
-
-
-def _checked_content(path: str | PathLike) -> dict[str, Any]:
-    if not Path(path).exists():
-        raise ValueError(f"Posterior.load found no file {str(path)!r}.")
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
-                         f"which is damaged or foreign ({type_name(error)}).") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
-                         "which holds something else.")
-    if content.get("version", VERSION) > VERSION:
-        raise ValueError(f"Posterior.load reads files up to version {VERSION}, got version "
-                         f"{content['version']}: update pyro_nfvi.")
-    if missing := PARTS - content.keys():
-        raise ValueError(f"Posterior.load expected a file of Posterior.save, got {str(path)!r}, "
-                         f"which is damaged or foreign (no {min(missing)}).")
-    return content
 
 
 def _load_state(guide: AutoFlow, config: dict[str, Any], state: dict[str, Any],

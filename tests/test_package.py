@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import pyro_nfvi
-from pyro_nfvi import diagnostics, engine, flows, guides, inference, testing
+from pyro_nfvi import diagnostics, engine, flows, guides, inference, testing, vae
 
 ROOT = Path(pyro_nfvi.__file__).parent
-ORDER = ["_shapes", "_random", "_arviz", "engine", "flows", "guides", "inference", "diagnostics",
-         "storage", "posterior", "nfvi", "testing"]
-ROOMS = [pyro_nfvi, engine, flows, guides, inference, diagnostics]
+ORDER = ["_shapes", "_random", "_arviz", "_files", "engine", "flows", "guides", "inference",
+         "diagnostics", "storage", "posterior", "nfvi", "vae", "testing"]
+ROOMS = [pyro_nfvi, engine, flows, guides, inference, diagnostics, vae]
 README = ROOT.parent / "README.md"
 
 

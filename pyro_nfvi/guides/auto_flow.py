@@ -6,11 +6,9 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
@@ -40,9 +38,9 @@ from pyro_nfvi.flows import (
 )
 from pyro_nfvi.flows.fixed import FixedMap
 from pyro_nfvi.guides.layout import LatentLayout, LatentSite
-from pyro_nfvi.guides.param_store import register_parameters
+from pyro_nfvi.guides.param_store import forget_store, registered
 from pyro_nfvi.guides.prototype import PrototypeCheck, check_prototype
-from pyro_nfvi.guides.pyro_dist import LatentDelta, LatentDistribution, NoiseDistribution
+from pyro_nfvi.guides.pyro_dist import LatentDistribution, NoiseDistribution, sample_value
 
 Recipe = Callable[[int], Any]  # number of latents -> Bijection, or any torch transform
 NUM_QUANTILE_DRAWS = 4000
@@ -82,7 +80,7 @@ class AutoFlow(AutoContinuous):
             a subsampled plate.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
         >>> guide = AutoFlow(model, planar, num_layers=2)
@@ -108,10 +106,10 @@ class AutoFlow(AutoContinuous):
         owner = type(self).__name__
         recipe = type(self).default_recipe if recipe is None else recipe
         affine = type(self).default_affine if affine is None else affine
-        _check_callables(owner, model=model, recipe=recipe, init_loc_fn=init_loc_fn, base=base,
-                         affine=affine)
+        check_callables(owner, model=model, recipe=recipe, init_loc_fn=init_loc_fn, base=base,
+                        affine=affine)
         self.init_scale = check_positive_float(owner, "init_scale", init_scale)
-        self.recipe = _with_options(owner, recipe, options)
+        self.recipe = with_options(owner, recipe, options)
         self._base_recipe, self._affine_recipe = base, affine
         AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
 
@@ -152,7 +150,7 @@ class AutoFlow(AutoContinuous):
         flow = Flow(Compose([self._bijection(), self._affine_recipe(self.latent_dim)]),
                     self._base_recipe(self.latent_dim))
         self.flow = flow.to(dtype=loc.dtype, device=loc.device)
-        _set_affine(flow.bijection.layers[-1], loc, self.init_scale)
+        set_affine(flow.bijection.layers[-1], loc, self.init_scale)
 
     @property
     def untouched(self) -> bool:
@@ -188,26 +186,12 @@ class AutoFlow(AutoContinuous):
         return self
 
     def _bijection(self) -> Bijection:
-        made = self.recipe(self.latent_dim)
-        if isinstance(made, Bijection):
-            return made
-        if isinstance(made, Transform) or (isinstance(made, torch.nn.Module) and callable(made)):
-            return FromTransform(made, self.latent_dim)
-        raise ValueError(f"{type(self).__name__} expected `recipe` to return a Bijection or a "
-                         f"transform, got {type_name(made)}.")
+        return as_bijection(type(self).__name__, self.recipe(self.latent_dim), self.latent_dim)
 
     def _flow(self) -> Flow:
         """The flow, its parameters registered with Pyro if this is a step of Pyro's."""
-        if self.prototype_trace is None:
-            name = type(self).__name__
-            raise RuntimeError(f"{name} is built at its first call. Call it with the model's "
-                               f"arguments, or {name}.setup(*args), first.")
-        flow: Flow = self._modules["flow"]  # not self.flow, which would call pyro.module
-        if self._pyro_context.active:
-            if pyro.settings.get("module_local_params"):
-                return self.flow
-            register_parameters(self._pyro_get_fullname("flow"), flow)
-        return flow
+        check_built(self)
+        return cast(Flow, registered(self, "flow"))
 
     # ------------------------------------------------------------------ Pyro's contract
 
@@ -244,11 +228,9 @@ class AutoFlow(AutoContinuous):
 
     def _sample_site(self, site: LatentSite, unconstrained: Tensor, plates: dict) -> Tensor:
         value, log_det = site.constrain(unconstrained)
-        log_density = 0.0 if poutine.get_mask() is False else -log_det
-        with ExitStack() as stack:
-            for frame in self._cond_indep_stacks[site.name]:
-                stack.enter_context(plates[frame.name])
-            return pyro.sample(site.name, LatentDelta(value, log_density, site.event_dim))
+        frames = self._cond_indep_stacks[site.name]
+        return sample_value(site.name, value, log_det, site.event_dim,
+                            [plates[frame.name] for frame in frames])
 
     def _aligned(self, latent: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
         """Slices whose batch dimensions (of particles) are aligned with the site's plates."""
@@ -317,11 +299,8 @@ class AutoFlow(AutoContinuous):
             ValueError: If a quantile is not between 0 and 1.
         """
         shift, centred = self._centred_draws()
-        levels = torch.as_tensor(quantiles, dtype=shift.dtype, device=shift.device)
-        if not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"{type(self).__name__} expected `quantiles` between 0 and 1, got "
-                             f"{levels.tolist()}.")
-        return self.layout.constrain(shift + _quantiles(centred, levels))[0]
+        levels = check_levels(type(self).__name__, quantiles, shift)
+        return self.layout.constrain(shift + quantiles_of(centred, levels))[0]
 
     @torch.no_grad()
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -360,8 +339,7 @@ class AutoFlow(AutoContinuous):
         return super().load_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        for parameter in self.parameters():  # Pyro's weak reference, which it sets at each read
-            parameter.__dict__.pop("unconstrained", None)
+        forget_store(self)
         return {**self.__dict__, "_model": None, "master": None}  # a copy: self stays whole
 
     def __deepcopy__(self, memo: dict) -> AutoFlow:
@@ -410,7 +388,12 @@ class AutoSpline(AutoFlow):
     default_recipe = staticmethod(nsf)
 
 
-def _check_callables(owner: str, **arguments: Any) -> None:
+def check_callables(owner: str, **arguments: Any) -> None:
+    """Check that every argument is a function, and what builds a part no built part.
+
+    Raises:
+        ValueError: If one is not.
+    """
     for name, value in arguments.items():
         if not callable(value):
             raise ValueError(f"{owner} expected `{name}` to be a function, got "
@@ -420,10 +403,46 @@ def _check_callables(owner: str, **arguments: Any) -> None:
                              f"latents, got {type_name(value)}. Pass what builds it.")
 
 
-def _with_options(owner: str, recipe: Recipe, options: dict[str, Any]) -> Recipe:
+def check_built(guide: AutoGuide) -> None:
+    """Check that a guide has been called, or set up.
+
+    Raises:
+        RuntimeError: If it has not.
+    """
+    if guide.prototype_trace is None:
+        name = type(guide).__name__
+        raise RuntimeError(f"{name} is built at its first call. Call it with the model's "
+                           f"arguments, or {name}.setup(*args), first.")
+
+
+def check_levels(owner: str, quantiles: Iterable[float] | Tensor, like: Tensor) -> Tensor:
+    """Quantile levels as a tensor like ``like``.
+
+    Raises:
+        ValueError: If one is not between 0 and 1.
+    """
+    levels = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
+    if not ((levels >= 0) & (levels <= 1)).all():
+        raise ValueError(f"{owner} expected `quantiles` between 0 and 1, got {levels.tolist()}.")
+    return levels
+
+
+def with_options(owner: str, recipe: Recipe, options: dict[str, Any], *dims: int) -> Recipe:
+    """The recipe with its options, which are checked at once.
+
+    Args:
+        owner: Name of the guide, for messages.
+        recipe: The recipe.
+        options: Its options.
+        *dims: Dimensions it will be called with. Default: one.
+
+    Raises:
+        ValueError: If it takes no such option.
+    """
+    dims = dims or (1,)
     try:
         signature = inspect.signature(recipe)
-        signature.bind(1, **options)
+        signature.bind(*dims, **options)
     except ValueError:  # a builtin without a signature
         return partial(recipe, **options) if options else recipe
     except TypeError as error:
@@ -432,17 +451,34 @@ def _with_options(owner: str, recipe: Recipe, options: dict[str, Any]) -> Recipe
     return partial(recipe, **options) if options else recipe
 
 
+def as_bijection(owner: str, made: Any, input_dim: int, context_dim: int = 0) -> Bijection:
+    """What a recipe returned, as a bijection.
+
+    Raises:
+        ValueError: If it is neither a bijection nor a transform.
+    """
+    if isinstance(made, Bijection):
+        return made
+    if isinstance(made, Transform):
+        return FromTransform(made, input_dim)
+    if isinstance(made, torch.nn.Module) and callable(made):  # a lazy transform of Zuko's
+        return FromTransform(made, input_dim, context_dim)
+    raise ValueError(f"{owner} expected `recipe` to return a Bijection or a transform, got "
+                     f"{type_name(made)}.")
+
+
 def _name(recipe: Recipe) -> str:
     return getattr(recipe, "__name__", type_name(recipe))
 
 
 @torch.no_grad()
-def _set_affine(affine: Any, loc: Tensor, scale: float) -> None:
+def set_affine(affine: Any, loc: Tensor, scale: float) -> None:
+    """Let an affine map start at this location and scale."""
     affine.shift.value.copy_(loc)
     affine.log_scale.value.fill_(math.log(scale))
 
 
-def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     """Quantiles over the first dimension, interpolated linearly."""
     ordered = draws.sort(0).values
     place = levels * (len(draws) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict, param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,6 +38,43 @@ def register_parameters(prefix: str, module: nn.Module) -> None:
         _OURS[parameter] = None
         if stored is not parameter:
             _replace(module, name, stored)
+
+
+def registered(owner: PyroModule, name: str) -> nn.Module:
+    """A submodule, its parameters registered if the owner runs as a step of Pyro's.
+
+    Args:
+        owner: The guide that holds it.
+        name: Its name there.
+    """
+    module: nn.Module = owner._modules[name]  # the attribute would call pyro.module
+    if not owner._pyro_context.active:
+        return module
+    if pyro.settings.get("module_local_params") or isinstance(module, PyroModule):
+        return getattr(owner, name)
+    register_parameters(owner._pyro_get_fullname(name), module)
+    return module
+
+
+def free_name(name: str, module: nn.Module) -> str:
+    """The name, or the name and a number, if another module of this process has it.
+
+    Values under the name that no module here put into the store, those of a loaded file, are the
+    module's to take.
+    """
+    store, own = pyro.get_param_store(), {id(p) for p in module.parameters()}
+    candidate, number = name, 1
+    while any(key.startswith(param_with_module_name(candidate, "")) and value in _OURS
+              and id(value) not in own for key, value in store._params.items()):
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def forget_store(module: nn.Module) -> None:
+    """Drop Pyro's weak references from the parameters, which cannot be pickled."""
+    for parameter in module.parameters():
+        parameter.__dict__.pop("unconstrained", None)
 
 
 def _misfits(store: ParamStoreDict, key: str, parameter: Tensor) -> bool:

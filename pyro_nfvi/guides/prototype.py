@@ -19,11 +19,17 @@ class NoLatentError(ValueError, RuntimeError):
     """The model has no latent site. A RuntimeError too, as Pyro's guides raise."""
 
 
-def check_prototype(owner: str, trace: Trace) -> None:
+def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
     """Refuse what a continuous guide over all latents cannot handle.
 
+    Args:
+        owner: Name of the guide, for messages.
+        trace: Trace of the model.
+        local: Name of the plate, if any, whose latents the guide amortizes.
+
     Raises:
-        ValueError: If there is no latent, a discrete one, or one in a subsampled plate.
+        ValueError: If there is no latent, a discrete one, or one in a subsampled plate that the
+            guide does not amortize.
     """
     nodes = dict(trace.iter_stochastic_nodes())
     if not sum(node["value"].numel() for node in nodes.values()):
@@ -36,9 +42,11 @@ def check_prototype(owner: str, trace: Trace) -> None:
                              f"{owner}(poutine.block(model, hide=[{name!r}])). To sum it out: "
                              "https://pyro.ai/examples/enumeration.html.")
         for frame in node["cond_indep_stack"]:
-            if is_subsampled(frame):
+            if is_subsampled(frame) and frame.name != local:
+                holds = "holds one value for each latent" if local is None else \
+                    f"amortizes one plate, {local!r}"
                 raise ValueError(
-                    f"{owner} holds one value for each latent; {name!r} is local to the subsampled "
+                    f"{owner} {holds}; {name!r} is local to the subsampled "
                     f"plate {frame.name!r} ({frame.size} of {frame.full_size}). Use the full "
                     f"plate, or hide it here and give it a guide of its own in AutoGuideList.")
 
@@ -56,7 +64,7 @@ class PrototypeCheck:
     def __init__(self, owner: str, layout: LatentLayout, args: tuple, kwargs: dict) -> None:
         self.owner = owner
         self.layout = layout
-        self.seen = {_signature((args, kwargs))}
+        self.seen = {kind_of((args, kwargs))}
 
     def __call__(self, model: Any, args: tuple, kwargs: dict) -> None:
         """Check these arguments.
@@ -64,27 +72,38 @@ class PrototypeCheck:
         Raises:
             ValueError: If a latent site is gone, observed, or of another shape.
         """
-        signature = _signature((args, kwargs))
+        signature = kind_of((args, kwargs))
         if signature in self.seen or len(self.seen) >= MAX_SIGNATURES or torch.jit.is_tracing():
             return
-        with torch.no_grad(), forked_rng():
-            trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+        trace = quiet_trace(model, args, kwargs)
         for site in self.layout:
-            self._compare(site.name, site.shape, trace)
+            compare_site(self.owner, site.name, site.shape, trace)
         self.seen.add(signature)
 
-    def _compare(self, name: str, shape: torch.Size, trace: Trace) -> None:
-        way_out = "Build a new guide, and call it first with the arguments you fit with."
-        if name not in trace.nodes:
-            raise ValueError(f"{self.owner} was built with a latent site {name!r} that the model "
-                             f"no longer has. {way_out}")
-        node = trace.nodes[name]
-        if node["is_observed"]:
-            raise ValueError(f"{self.owner} was built when {name!r} was latent; now it is "
-                             f"observed. {way_out}")
-        if node["value"].shape != shape:
-            raise ValueError(f"{self.owner} expected site {name!r} of shape {tuple(shape)}, got "
-                             f"{tuple(node['value'].shape)}. {way_out}")
+
+def quiet_trace(model: Any, args: tuple, kwargs: dict) -> Trace:
+    """Trace of a model that leaves nothing behind: no message, no gradient, no random draw."""
+    with torch.no_grad(), forked_rng():
+        return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
+
+
+def compare_site(owner: str, name: str, shape: torch.Size, trace: Trace) -> None:
+    """Check that a site the guide was built for is still latent, and of this shape.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    way_out = "Build a new guide, and call it first with the arguments you fit with."
+    if name not in trace.nodes:
+        raise ValueError(f"{owner} was built with a latent site {name!r} that the model "
+                         f"no longer has. {way_out}")
+    node = trace.nodes[name]
+    if node["is_observed"]:
+        raise ValueError(f"{owner} was built when {name!r} was latent; now it is "
+                         f"observed. {way_out}")
+    if node["value"].shape != shape:
+        raise ValueError(f"{owner} expected site {name!r} of shape {tuple(shape)}, got "
+                         f"{tuple(node['value'].shape)}. {way_out}")
 
 
 def is_subsampled(frame: Any) -> bool:
@@ -98,14 +117,14 @@ def _innermost(distribution: Any) -> Any:
     return distribution
 
 
-def _signature(value: Any) -> Any:
+def kind_of(value: Any) -> Any:
     """What of the model's arguments may change its sites: shapes, types, small constants."""
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape))
     if isinstance(value, (list, tuple)):
-        return tuple(_signature(item) for item in value)
+        return tuple(kind_of(item) for item in value)
     if isinstance(value, dict):
-        return tuple((str(key), _signature(item)) for key, item in sorted(
+        return tuple((str(key), kind_of(item)) for key, item in sorted(
             value.items(), key=lambda pair: str(pair[0])))
     if isinstance(value, (bool, int, str, type(None))):
         return value

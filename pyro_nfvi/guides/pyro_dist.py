@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import Transform, register_kl
@@ -28,6 +31,24 @@ class LatentDelta(dist.Delta):
 @register_kl(LatentDelta, dist.Distribution)  # Pyro's, not torch's: the class (Delta, ...) has
 def _kl_latent_delta(q: LatentDelta, p: dist.Distribution) -> Tensor:
     return q.log_density - p.log_prob(q.v)
+
+
+def sample_value(name: str, value: Tensor, log_det: Tensor, event_dim: int,
+                 plates: Iterable[pyro.plate]) -> Tensor:
+    """Sample a guide's site: a value it already has, with the log-Jacobian of its constraint.
+
+    Args:
+        name: Name of the site.
+        value: Its value.
+        log_det: Log-Jacobian of the map from the unconstrained value.
+        event_dim: Number of rightmost dimensions that are one draw.
+        plates: The plates it is in.
+    """
+    log_density = 0.0 if poutine.get_mask() is False else -log_det
+    with ExitStack() as stack:
+        for plate in plates:
+            stack.enter_context(plate)
+        return pyro.sample(name, LatentDelta(value, log_density, event_dim))
 
 
 class NoiseDistribution(BaseDistribution, TorchDistributionMixin):

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,21 @@ MAX_ROLLBACKS = 10
 FIRST_CHUNK = 5  # steps, to learn what one takes
 CHUNK_SECONDS = 0.1  # between two looks at the outside: progress, Ctrl-C
 NUM_CHECKS = 4  # times that the compiled loop is compared with the model while it runs
+
+class Feed(Protocol):
+    """Supplies every step with tensors of its own, such as a minibatch."""
+
+    @property
+    def live(self) -> Sequence[Tensor]:
+        """The tensors the estimates read, filled as for some step."""
+
+    @property
+    def most(self) -> int:
+        """Largest number of steps to supply at once."""
+
+    def take(self, count: int) -> list[Tensor]:
+        """Values ``(count, *shape)`` of each of the tensors for the next steps."""
+
 
 Estimates = Callable[[], tuple[Tensor, Tensor]]  # -> ELBO of each particle, latents
 
@@ -100,6 +116,7 @@ class Loop:
         compile: Which tier computes the steps: ``"auto"`` or one of
             :data:`pyro_nfvi.engine.TIERS`.
         deadline: Time of ``time.monotonic()`` by which to be done; the rate falls before.
+        feed: What the estimates read beside the parameters, new at each step.
 
     References:
         Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI, arXiv:2006.10343 (many
@@ -109,12 +126,12 @@ class Loop:
     def __init__(self, parameters: Sequence[nn.Parameter], estimates: Estimates,
                  blame: Callable[[Tensor], str], schedule: OneCycle | int, lr: float,
                  progress: bool = True, name: str = "fit", compile: str = "auto",
-                 deadline: float = math.inf) -> None:
+                 deadline: float = math.inf, feed: Feed | None = None) -> None:
         self.parameters, self.estimates, self.blame = list(parameters), estimates, blame
         self.schedule = OneCycle(schedule) if isinstance(schedule, int) else schedule
         self.lr, self.progress, self.name = lr, progress, name
         self.compile, self.deadline, self.start = compile, deadline, time.monotonic()
-        self.history, self.cut = History(), 1.0
+        self.feed, self.history, self.cut = feed, History(), 1.0
         self.stepper: Stepper | None = None
 
     @property
@@ -132,7 +149,8 @@ class Loop:
         """Make the steps; Ctrl-C ends them early, with the parameters as they are."""
         with tqdm(total=self.num_steps, desc=self.name, disable=not self.progress) as bar:
             try:
-                self.stepper = Stepper(self._loss, self.parameters, self.compile, self.num_steps)
+                self.stepper = Stepper(self._loss, self.parameters, self.compile, self.num_steps,
+                                       () if self.feed is None else self.feed.live)
                 self.history.elbo = self.stepper.elbo
                 self._optimise(self.stepper, bar)
             except KeyboardInterrupt:
@@ -158,16 +176,21 @@ class Loop:
         while len(elbo) < self.num_steps and not self.history.stopped:
             rates = [self.cut * self.lr * rate for rate in
                      self.schedule.rates(len(elbo), self._chunk(stepper))]
-            if stepper.run(rates) < len(rates):
+            fed = () if self.feed is None else self.feed.take(len(rates))
+            if stepper.run(rates, fed) < len(rates):
                 self._roll_back(stepper)
-            self.schedule.look(elbo)
-            self._keep_to_time(stepper)
+            self._look(stepper)
             if len(elbo) * NUM_CHECKS >= checks * self.num_steps:  # the last at the end
                 checks += 1
                 trusted = self._checked(stepper, trusted)
             self._show(bar)
 
-    def _keep_to_time(self, stepper: Stepper) -> None:
+    def _look(self, stepper: Stepper) -> None:
+        """Look at what has happened, and at the clock."""
+        self.schedule.look(self.history.elbo)
+        self._keep_to_time()
+
+    def _keep_to_time(self) -> None:
         """Two thirds of the time are for steps at full rate; at its end the loop stops."""
         now = time.monotonic()
         if now >= self.deadline:
@@ -179,7 +202,8 @@ class Loop:
         """Number of steps until the next look at the outside."""
         if not stepper.made:
             return FIRST_CHUNK
-        return max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
+        count = max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
+        return count if self.feed is None else min(count, self.feed.most)
 
     def _trust(self, stepper: Stepper) -> tuple[Tensor, int, int]:
         return stepper.state.live.clone(), stepper.state.step, len(self.history.elbo)

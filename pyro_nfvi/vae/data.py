@@ -1,0 +1,123 @@
+"""Data as a VAE takes them, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from pyro_nfvi._shapes import type_name
+
+if TYPE_CHECKING:
+    from pyro_nfvi.vae.likelihoods import Likelihood
+
+Data = tuple[Tensor, Tensor | None]  # data and what of them was seen
+BLOCK_BYTES = 2 ** 26  # of minibatches gathered at once
+
+
+def shaped_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data:
+    """Data and mask of the right shape, in the type and place of ``like``, zero where unseen.
+
+    Raises:
+        ValueError: If a shape or type is another.
+    """
+    x, mask = _with_lengths(x, mask, likelihood)
+    shape = tuple(likelihood.event_shape)
+    wanted = f"(num_data, {', '.join(map(str, shape))})" if shape else "(num_data,)"
+    if not isinstance(x, Tensor):
+        raise ValueError(f"VAE expected `x` to be a tensor of shape {wanted}, got {type_name(x)}.")
+    if x.dim() != 1 + len(shape) or tuple(x.shape[1:]) != shape:
+        sizes = ", ".join(map(str, (-1, *shape)))
+        fits = shape and x.numel() and not x.numel() % likelihood.event_shape.numel()
+        raise ValueError(f"VAE expected `x` of shape {wanted}, got {tuple(x.shape)}."
+                         + (f" If these are the same data: x.reshape({sizes})." if fits else ""))
+    x = x.to(like)
+    if mask is None:
+        return x, None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type_name(mask)
+        raise ValueError(f"VAE expected `mask` to be a boolean tensor of shape {tuple(x.shape)}, "
+                         f"true where x was seen, got {got}.")
+    mask = mask.to(like.device)
+    return x.where(mask, x.new_zeros(())), mask
+
+
+def checked_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data:
+    """The same, after a look at the values.
+
+    Raises:
+        ValueError: If there are no data, a row has nothing seen, or a seen value is outside the
+            support of the likelihood.
+    """
+    x, mask = shaped_data(x, mask, likelihood, like)
+    if not len(x):
+        raise ValueError("VAE expected at least one datum, got none.")
+    if mask is not None and not (some := mask.flatten(1).any(1)).all():
+        raise ValueError(f"VAE expected every datum to have something seen; that at "
+                         f"{int((~some).nonzero()[0])} has nothing. Leave such data out: "
+                         f"x[mask.flatten(1).any(1)].")
+    likelihood.check("VAE", x, mask)
+    return x, mask
+
+
+class Minibatches:
+    """Data in random order, batch by batch and epoch by epoch: the feed of a training loop.
+
+    The last batch of an epoch is filled up with other data, marked as not to count.
+
+    Args:
+        data: Data and mask.
+        batch_size: Size of a batch.
+        weights: Iterator over the weight of the KL divergence at each step.
+
+    Attributes:
+        live: Data, mask (if any), which of them count, and the weight.
+        most: Largest number of steps to supply at once.
+    """
+
+    def __init__(self, data: Data, batch_size: int, weights: Iterator[float]) -> None:
+        self.data, self.weights = [part for part in data if part is not None], weights
+        self.num_data = len(data[0])
+        self.batch_size = min(batch_size, self.num_data)
+        self.num_batches = -(-self.num_data // self.batch_size)  # an epoch
+        self.order = torch.empty(0, self.batch_size, dtype=torch.long)
+        batch_bytes = self.batch_size * sum(part[0].nbytes for part in self.data)
+        self.most = max(1, BLOCK_BYTES // batch_bytes)
+        first = torch.arange(self.batch_size)
+        self.live = [*(part[first] for part in self.data),
+                     torch.ones(self.batch_size, dtype=torch.bool, device=data[0].device),
+                     data[0].new_ones(())]
+
+    def take(self, count: int) -> list[Tensor]:
+        """The next batches: each tensor of ``live`` with a first dimension of steps."""
+        while len(self.order) < count:
+            self.order = torch.cat([self.order, self._epoch()])
+        now, self.order = self.order[:count], self.order[count:]
+        like = self.data[0]
+        counts = now >= 0
+        place = torch.where(counts, now, -1 - now).to(like.device)
+        weights = torch.tensor([next(self.weights) for _ in range(count)])
+        return [*(part[place] for part in self.data), counts.to(like.device), weights.to(like)]
+
+    def _epoch(self) -> Tensor:
+        """Places of one epoch's batches; those that do not count are written as -1 - place."""
+        order = torch.randperm(self.num_data)
+        extra = self.num_batches * self.batch_size - self.num_data
+        return torch.cat([order, -1 - order[:extra]]).view(self.num_batches, self.batch_size)
+
+
+def _with_lengths(x: Any, mask: Any, likelihood: Likelihood) -> tuple[Any, Any]:
+    """Packed sequences, padded, with a mask."""
+    if not isinstance(x, PackedSequence):
+        return x, mask
+    longest = likelihood.event_shape[0] if likelihood.event_shape else 0
+    if int(len(x.batch_sizes)) > longest or mask is not None:
+        raise ValueError(f"VAE expected sequences of at most {longest} steps and no mask beside "
+                         f"them, got up to {len(x.batch_sizes)} steps.")
+    padded, lengths = pad_packed_sequence(x, batch_first=True, total_length=longest)
+    seen = torch.arange(longest) < lengths.unsqueeze(-1)
+    seen = seen.reshape(*seen.shape, *[1] * (padded.dim() - 2)).expand(padded.shape)
+    return padded, seen

@@ -1,0 +1,221 @@
+"""Training a VAE: minibatches, epochs, validation, and what to say at the end."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_nfvi._random import forked_rng
+from pyro_nfvi._shapes import check_positive_float, check_positive_int
+from pyro_nfvi.engine import Stepper, check_tier
+from pyro_nfvi.inference import History, Loop
+from pyro_nfvi.inference.stopping import OneCycle
+from pyro_nfvi.vae.data import Data, Minibatches
+from pyro_nfvi.vae.evaluate import active_units
+from pyro_nfvi.vae.objective import elbo_terms, penalty
+
+if TYPE_CHECKING:
+    from pyro_nfvi.vae.vae import VAE
+
+NUM_LOOKED_AT = 2000  # data, to see which latents are in use
+
+
+@dataclass
+class TrainingHistory(History):
+    """What happened during the training of a VAE.
+
+    Attributes:
+        elbo: Objective of each step, in nats a datum.
+        epochs: Mean of the objective over each epoch.
+        validation: ELBO of the validation data after each epoch, in nats a datum.
+        best_epoch: The epoch whose parameters were kept, from 1; 0 without validation data.
+        active_units: Which latents depend on the data.
+    """
+
+    epochs: list[float] = field(default_factory=list)
+    validation: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    active_units: list[bool] = field(default_factory=list)
+
+
+def train(vae: VAE, data: Data, *, num_epochs: int = 100, batch_size: int = 128,
+          lr: float = 1e-3, num_particles: int = 1, beta: float = 1.0, warm_up: int = 0,
+          free_bits: float = 0.0, validation: Any = None, patience: int | None = None,
+          seed: int | None = None, compile: str = "auto", progress: bool = True
+          ) -> TrainingHistory:
+    r"""Train a VAE by compiled steps of Adam.
+
+    .. math:: \max\ \frac1N \sum_n \mathbb E_{q(z \mid x_n)}[\log p(x_n \mid z)]
+              - \beta\, \mathrm{KL}(q(z \mid x_n) \,\|\, p(z))
+
+    Ctrl-C ends the training with what was learned so far.
+
+    Args:
+        vae: The VAE.
+        data: Data and mask, checked.
+        num_epochs: Number of passes over the data.
+        batch_size: Data of each step; the last batch of an epoch may be smaller.
+        lr: Largest learning rate; it rises for a tenth of the steps, then falls to zero.
+        num_particles: Latents drawn for each datum at each step.
+        beta: Weight of the KL divergence.
+        warm_up: Epochs over which that weight rises from zero.
+        free_bits: Nats of KL divergence for each latent that cost nothing.
+        validation: Data, or data and mask, to look at after each epoch: the parameters of the best
+            epoch are kept.
+        patience: Epochs without a better one until the training ends. Needs ``validation``.
+        seed: Makes the run reproducible, and leaves the global random state as it was. Default:
+            the global random state.
+        compile: How the steps are computed: ``"auto"`` or one of
+            :data:`pyro_nfvi.engine.TIERS`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What happened; its ``concerns`` say what to worry about.
+
+    Raises:
+        ValueError: If an option is of another kind.
+
+    References:
+        Higgins et al. (2017), beta-VAE, ICLR; Sønderby et al. (2016), Ladder Variational
+        Autoencoders, arXiv:1602.02282 (warm-up); Kingma et al. (2016), arXiv:1606.04934 (free
+        bits).
+    """
+    for name, count in (("num_epochs", num_epochs), ("batch_size", batch_size),
+                        ("num_particles", num_particles)):
+        check_positive_int("VAE.fit", name, count)
+    check_positive_float("VAE.fit", "lr", lr)
+    check_positive_int("VAE.fit", "warm_up", warm_up, minimum=0)
+    _check_weight("beta", beta)
+    _check_weight("free_bits", free_bits)
+    held_out = _checked_validation(vae, validation, patience)
+    check_tier("VAE.fit", compile)
+    with forked_rng(seed) if seed is not None else nullcontext():
+        first = math.ceil(len(data[0]) / min(batch_size, len(data[0])))
+        feed = Minibatches(data, batch_size, _weights(beta, warm_up * first))
+        loop = _Epochs(vae, feed, num_particles, free_bits, held_out, patience,
+                       num_epochs=num_epochs, lr=lr, compile=compile, progress=progress)
+        was_training = vae.training
+        history = loop.run()
+        vae.train(was_training)
+        _look_at_latents(vae, data, history)
+    return history
+
+
+class _Epochs(Loop):
+    """The training loop, with a look at the validation data after each epoch."""
+
+    def __init__(self, vae: VAE, feed: Minibatches, num_particles: int, free_bits: float,
+                 held_out: Data | None, patience: int | None, *, num_epochs: int, lr: float,
+                 compile: str, progress: bool) -> None:
+        parameters = [p for p in vae.parameters() if p.requires_grad]
+        super().__init__(parameters, self._estimates, self._blame,
+                         OneCycle(num_epochs * feed.num_batches), lr, progress, "VAE", compile,
+                         feed=feed)
+        self.vae, self.minibatches, self.num_particles = vae, feed, num_particles
+        self.free_bits, self.held_out, self.patience = free_bits, held_out, patience
+        self.history: TrainingHistory = TrainingHistory()
+        self.best: dict[str, Tensor] | None = None
+        self.vae.train()
+
+    def run(self) -> TrainingHistory:
+        """Make the steps, and go back to the best epoch."""
+        with pyro.validation_enabled(False):
+            super().run()
+        if self.best is not None:
+            self.vae.load_state_dict(self.best)
+        return self.history
+
+    def _estimates(self) -> tuple[Tensor, Tensor]:
+        """Objective of each datum of the live minibatch, nan for those that do not count."""
+        *data, counts, weight = self.minibatches.live
+        x, mask = data[0], data[1] if len(data) > 1 else None
+        fit, divergence = elbo_terms(self.vae, x, mask, self.num_particles)
+        objective = fit - weight * penalty(divergence, counts, self.free_bits)
+        return objective.where(counts, objective.new_tensor(torch.nan)), x
+
+    def _blame(self, x: Tensor) -> str:
+        return f"'x' (log-likelihood of a datum with values up to {x.abs().max().item():.4g})"
+
+    def _chunk(self, stepper: Stepper) -> int:
+        """No further than the end of the epoch."""
+        left = -len(self.history.elbo) % self.minibatches.num_batches
+        return min(super()._chunk(stepper), left or self.minibatches.num_batches)
+
+    def _look(self, stepper: Stepper) -> None:
+        super()._look(stepper)
+        size = self.minibatches.num_batches
+        while (len(self.history.epochs) + 1) * size <= len(self.history.elbo):
+            first = len(self.history.epochs) * size
+            self.history.epochs.append(statistics.fmean(self.history.elbo[first:first + size]))
+            if self.held_out is not None:
+                stepper.state.write_back()
+                self._validate(*self.held_out)
+
+    def _validate(self, x: Tensor, mask: Tensor | None) -> None:
+        history = self.history
+        self.vae.eval()
+        history.validation.append(self.vae.elbo(x, mask).mean().item())
+        self.vae.train()
+        if history.validation[-1] >= max(history.validation):
+            history.best_epoch = len(history.validation)
+            self.best = {name: value.clone() for name, value in self.vae.state_dict().items()}
+        if self.patience and len(history.validation) - history.best_epoch >= self.patience:
+            history.stopped = f"the validation ELBO has not risen for {self.patience} epochs"
+
+    def _show(self, bar: Any) -> None:
+        super()._show(bar)
+        if self.history.validation:
+            bar.set_postfix_str(f"{bar.postfix}, validation {self.history.validation[-1]:.3f}",
+                                refresh=False)
+
+
+def _weights(beta: float, warm_up: int) -> Iterator[float]:
+    """Weight of the KL divergence at each step."""
+    return itertools.chain((beta * (step + 1) / warm_up for step in range(warm_up)),
+                           itertools.repeat(beta))
+
+
+def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
+    """Say so if latents are not used."""
+    x, mask = (None if part is None else part[:NUM_LOOKED_AT] for part in data)
+    if x is None or len(x) < 2:
+        return
+    history.active_units = active_units(vae, (x, mask)).tolist()
+    count, total = sum(history.active_units), vae.latent_dim
+    if count == 0:
+        history.concerns.append(
+            "posterior collapse: no latent depends on the data, which the decoder models without "
+            "them. Train with warm_up=10 or free_bits=0.1, or with a weaker decoder")
+    elif count < total / 4:
+        history.concerns.append(
+            f"only {count} of {total} latents depend on the data. A smaller latent_dim would do; "
+            "to have more in use train with warm_up=10 or free_bits=0.1")
+    for concern in history.concerns:
+        warnings.warn(f"VAE.fit: {concern}.", stacklevel=4)
+
+
+def _check_weight(name: str, value: Any) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not ok:
+        raise ValueError(f"VAE.fit expected `{name}` to be a number >= 0, got {value!r}.")
+
+
+def _checked_validation(vae: VAE, validation: Any, patience: Any) -> Data | None:
+    if patience is not None:
+        check_positive_int("VAE.fit", "patience", patience)
+        if validation is None:
+            raise ValueError("VAE.fit expected `validation` data to go with `patience`, got None.")
+    if validation is None:
+        return None
+    pair: Sequence[Any] = validation if isinstance(validation, tuple) else (validation, None)
+    return vae._checked(*pair)

@@ -1,0 +1,283 @@
+"""Variational autoencoder: a model and a guide for one latent a datum, in Pyro's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor, nn
+
+from pyro_nfvi._shapes import check_positive_int, check_tensor, type_name
+from pyro_nfvi.guides.param_store import forget_store, free_name, register_parameters
+from pyro_nfvi.vae import evaluate
+from pyro_nfvi.vae.data import Data, checked_data, shaped_data
+from pyro_nfvi.vae.decoders import MLPDecoder
+from pyro_nfvi.vae.encoders import MLPEncoder, features_of, takes_mask
+from pyro_nfvi.vae.files import read_state, write_state
+from pyro_nfvi.vae.likelihoods import Likelihood
+from pyro_nfvi.vae.objective import elbo_terms
+from pyro_nfvi.vae.posteriors import AmortizedPosterior, DiagonalGaussian
+from pyro_nfvi.vae.priors import Prior, StandardGaussian
+from pyro_nfvi.vae.training import TrainingHistory, train
+
+MEAN_DRAWS = 64  # of a posterior whose mean has no formula
+
+
+class VAE(nn.Module):
+    r"""Variational autoencoder.
+
+    .. math:: z_n \sim p(z), \quad x_n \sim p(x \mid \mathrm{decoder}(z_n)), \qquad
+              q(z_n \mid x_n) = q(z \mid \mathrm{encoder}(x_n))
+
+    :meth:`fit` trains it in one call; :attr:`model` and :attr:`guide` go into Pyro's ``SVI`` with
+    any ELBO.
+
+    Args:
+        likelihood: Distribution of the data, which knows the shape of one datum.
+        latent_dim: Number of latent coordinates.
+        encoder: Any module that maps data ``(batch, *event_shape)`` to features
+            ``(batch, output_dim)``. Default: :class:`~pyro_nfvi.vae.MLPEncoder`.
+        decoder: Any module that maps ``(*batch, latent_dim)`` to the likelihood's parameters
+            ``(*batch, num_params, *event_shape)``. Default: :class:`~pyro_nfvi.vae.MLPDecoder`.
+        posterior: Function of ``(feature_dim, latent_dim)`` that builds the posterior:
+            :class:`~pyro_nfvi.vae.DiagonalGaussian` (the default),
+            :class:`~pyro_nfvi.vae.FullGaussian`, or
+            ``partial(FlowPosterior, recipe=iaf)``.
+        prior: Distribution of the latent. Default: :class:`~pyro_nfvi.vae.StandardGaussian`.
+        name: Name of its parameters in Pyro's param store. A second one of this name in a process
+            gets a number.
+
+    Shape:
+        x, mask: ``(num_data, *event_shape)``; the mask is true where an entry was seen. Sequences
+        of different lengths may come as a ``PackedSequence``.
+
+    Raises:
+        ValueError: If an argument is of another kind, or data have another shape.
+
+    Example:
+        >>> from pyro_nfvi.vae import VAE, Bernoulli
+        >>> vae = VAE(Bernoulli((8, 8)), latent_dim=2)
+        >>> x = torch.rand(100, 8, 8).round()
+        >>> history = vae.fit(x, num_epochs=2, seed=0, progress=False)
+        >>> vae.latents(x, num_samples=5).shape, vae.generate(3).shape
+        (torch.Size([5, 100, 2]), torch.Size([3, 8, 8]))
+
+    References:
+        Kingma & Welling (2014), Auto-Encoding Variational Bayes, arXiv:1312.6114; Rezende,
+        Mohamed & Wierstra (2014), arXiv:1401.4082.
+    """
+
+    def __init__(self, likelihood: Likelihood, latent_dim: int, *,
+                 encoder: nn.Module | None = None, decoder: nn.Module | None = None,
+                 posterior: Callable[[int, int], AmortizedPosterior] = DiagonalGaussian,
+                 prior: Prior | None = None, name: str = "vae") -> None:
+        super().__init__()
+        self.likelihood = _checked_part("likelihood", likelihood, Likelihood)
+        self.latent_dim = check_positive_int("VAE", "latent_dim", latent_dim)
+        shape = likelihood.event_shape
+        self.encoder = MLPEncoder(likelihood.input_shape(shape)) if encoder is None else \
+            _checked_part("encoder", encoder, nn.Module)
+        self.decoder = MLPDecoder(latent_dim, shape, likelihood.num_params) if decoder is None \
+            else _checked_part("decoder", decoder, nn.Module)
+        self.posterior = _checked_part("posterior", posterior(features_of(self.encoder),
+                                                              latent_dim), AmortizedPosterior)
+        self.prior = _checked_prior(prior, latent_dim)
+        self.name = name
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one datum."""
+        return self.likelihood.event_shape
+
+    # ------------------------------------------------------------------ Pyro
+
+    def model(self, x: Any, mask: Tensor | None = None, beta: float | Tensor = 1.0) -> Tensor:
+        """Pyro model of the data.
+
+        Args:
+            x: Data.
+            mask: What of them was seen. Default: all.
+            beta: Weight of the latents' terms in the ELBO.
+        """
+        x, mask = self._registered(x, mask)
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=beta):
+                z = pyro.sample("z", self.prior(self.posterior_of))
+            pyro.sample("x", self.likelihood_at(z, mask), obs=x)
+        return z
+
+    def guide(self, x: Any, mask: Tensor | None = None, beta: float | Tensor = 1.0) -> Tensor:
+        """Pyro guide: the encoder's posterior. Arguments are those of :meth:`model`."""
+        x, mask = self._registered(x, mask)
+        with pyro.plate("data", len(x)), poutine.scale(scale=beta):
+            z: Tensor = pyro.sample("z", self.posterior_of(x, mask))
+        return z
+
+    def _registered(self, x: Any, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        register_parameters(free_name(self.name, self), self)
+        return self._shaped(x, mask)
+
+    # ------------------------------------------------------------------ parts
+
+    def posterior_of(self, x: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
+        """Posterior of the latents of data whose shape is known to be right."""
+        return self.posterior(self.features(x, mask))
+
+    def features(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The encoder's features of data, without what was not seen."""
+        inputs = self.likelihood.as_input(x)
+        if mask is not None and inputs.shape != x.shape:  # classes, say, in front
+            mask = mask.unsqueeze(-1 - len(self.event_shape)).expand(inputs.shape)
+        if mask is not None:
+            inputs = inputs.where(mask, inputs.new_zeros(()))
+        given = (inputs, mask) if takes_mask(self.encoder) else (inputs,)
+        features: Tensor = self.encoder(*given)
+        return features
+
+    def likelihood_at(self, z: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
+        """Distribution of data given latents ``(*batch, latent_dim)``, of what was seen."""
+        distribution = self.likelihood(self.decoder(z))
+        if mask is not None:
+            distribution = distribution.mask(mask)
+        return distribution.to_event(len(self.event_shape))
+
+    def _shaped(self, x: Any, mask: Tensor | None) -> Data:
+        return shaped_data(x, mask, self.likelihood, self._like())
+
+    def _checked(self, x: Any, mask: Tensor | None) -> Data:
+        return checked_data(x, mask, self.likelihood, self._like())
+
+    def _like(self) -> Tensor:
+        """A tensor of the module's type, where it is."""
+        return next(self.parameters())
+
+    # ------------------------------------------------------------------ use
+
+    def fit(self, x: Any, mask: Tensor | None = None, **options: Any) -> TrainingHistory:
+        """Train on data, by minibatches; Ctrl-C ends it early with what was learned.
+
+        Args:
+            x: Data ``(num_data, *event_shape)``.
+            mask: What of them was seen. Default: all.
+            **options: Those of :func:`~pyro_nfvi.vae.train`: ``num_epochs``, ``batch_size``,
+                ``lr``, ``validation`` and others.
+
+        Returns:
+            What happened.
+
+        Raises:
+            ValueError: If data or options are bad.
+        """
+        return train(self, self._checked(x, mask), **options)
+
+    def encode(self, x: Any, mask: Tensor | None = None) -> TorchDistributionMixin:
+        """Posterior of the latents: a Pyro distribution of batch shape ``(num_data,)``."""
+        return self.posterior_of(*self._checked(x, mask))
+
+    def decode(self, z: Tensor) -> TorchDistributionMixin:
+        """Distribution of data given latents ``(*batch, latent_dim)``."""
+        return self.likelihood_at(check_tensor("VAE", "z", z, self.latent_dim))
+
+    @torch.no_grad()
+    def reconstruct(self, x: Any, mask: Tensor | None = None) -> Tensor:
+        """Mean of data (for classes: the most probable) at the posterior mean of the latents."""
+        return evaluate.by_batches(lambda x, mask: self.likelihood.mean(self.decoder(
+            posterior_mean(self.posterior_of(x, mask)))), self._checked(x, mask))
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
+        """New data ``(num_samples, *event_shape)``, or with ``mean`` their means."""
+        check_positive_int("VAE", "num_samples", num_samples)
+        z = self.prior(self.posterior_of).sample((num_samples,))
+        return self.likelihood.mean(self.decoder(z)) if mean else self.decode(z).sample()
+
+    @torch.no_grad()
+    def latents(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 100) -> Tensor:
+        """Posterior draws ``(num_samples, num_data, latent_dim)``."""
+        check_positive_int("VAE", "num_samples", num_samples)
+        return evaluate.by_batches(
+            lambda x, mask: self.posterior_of(x, mask).sample((num_samples,)),
+            self._checked(x, mask), dim=1)
+
+    @torch.no_grad()
+    def elbo(self, x: Any, mask: Tensor | None = None, *, num_particles: int = 1) -> Tensor:
+        """Estimate of the ELBO of each datum, in nats: ``(num_data,)``."""
+        check_positive_int("VAE", "num_particles", num_particles)
+
+        def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
+            fit, divergence = elbo_terms(self, x, mask, num_particles)
+            return fit - divergence.sum(-1)
+        with pyro.validation_enabled(False):
+            return evaluate.by_batches(of_batch, self._checked(x, mask))
+
+    def log_likelihood(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 1000
+                       ) -> evaluate.LogLikelihood:
+        """Importance-weighted estimate of log p(x): :func:`~pyro_nfvi.vae.log_likelihood`."""
+        return evaluate.log_likelihood(self, self._checked(x, mask), num_samples)
+
+    def active_units(self, x: Any, mask: Tensor | None = None) -> Tensor:
+        """Which latents depend on the data: :func:`~pyro_nfvi.vae.active_units`."""
+        return evaluate.active_units(self, self._checked(x, mask))
+
+    def amortization_gap(self, x: Any, mask: Tensor | None = None, **options: Any) -> Any:
+        """What the encoder loses: :func:`~pyro_nfvi.vae.amortization_gap`."""
+        return evaluate.amortization_gap(self, self._checked(x, mask), **options)
+
+    def to_arviz(self, x: Any, mask: Tensor | None = None, **options: Any) -> Any:
+        """Latents, reconstructions and data for ArviZ: :func:`~pyro_nfvi.vae.to_arviz`."""
+        return evaluate.to_arviz(self, self._checked(x, mask), **options)
+
+    # ------------------------------------------------------------------ files and copies
+
+    def save(self, path: str | PathLike) -> None:
+        """Write the parameters to a file."""
+        write_state(path, self)
+
+    def load(self, path: str | PathLike) -> VAE:
+        """Read parameters that a VAE of the same parts wrote.
+
+        Returns:
+            The VAE itself.
+
+        Raises:
+            ValueError: If there is no such file, or it is of other parts.
+        """
+        read_state(path, self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        forget_store(self)
+        return self.__dict__.copy()
+
+
+def posterior_mean(posterior: TorchDistributionMixin) -> Tensor:
+    """Mean of a posterior, by draws if it has no formula."""
+    try:
+        mean: Tensor = posterior.mean
+        return mean
+    except NotImplementedError:
+        return posterior.sample((MEAN_DRAWS,)).mean(0)
+
+
+def _checked_part(name: str, part: Any, kind: type) -> Any:
+    if not isinstance(part, kind):
+        way_out = {"likelihood": " Say: Bernoulli((28, 28)).",
+                   "posterior": " Say: posterior=DiagonalGaussian, or "
+                                "partial(FlowPosterior, recipe=iaf)."}.get(name, "")
+        raise ValueError(f"VAE expected `{name}` to be a {kind.__name__}, got "
+                         f"{type_name(part)}.{way_out}")
+    return part
+
+
+def _checked_prior(prior: Any, latent_dim: int) -> Prior:
+    if prior is None:
+        return StandardGaussian(latent_dim)
+    if not isinstance(prior, Prior) or prior.latent_dim != latent_dim:
+        raise ValueError(f"VAE expected `prior` to be a Prior of {latent_dim} coordinates, got "
+                         f"{prior!r}.")
+    return prior
