@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
     from pyro_nfvi.guides import (
+        AutoAmortizedFlow,
         AutoFlow,
         AutoGaussian,
         AutoIAF,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ELBO",
     "NFVI",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoGaussian",
     "AutoIAF",

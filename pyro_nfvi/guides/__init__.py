@@ -1,10 +1,12 @@
 """Guides: flows over the latents of a Pyro model.
 
 :class:`AutoFlow` draws all latents of a model from one flow and goes wherever Pyro takes an
-``AutoContinuous`` guide; :class:`LatentLayout` is the map between named sites and the flow's
-vector.
+``AutoContinuous`` guide; :class:`AutoAmortizedFlow` draws the latents of a plate from a flow
+that reads each element's data; :class:`LatentLayout` is the map between named sites and the
+flow's vector.
 """
 
+from pyro_nfvi.guides.auto_amortized import AutoAmortizedFlow
 from pyro_nfvi.guides.auto_flow import (
     AutoFlow,
     AutoGaussian,
@@ -15,5 +17,5 @@ from pyro_nfvi.guides.auto_flow import (
 )
 from pyro_nfvi.guides.layout import LatentLayout, LatentSite
 
-__all__ = ["AutoFlow", "AutoGaussian", "AutoIAF", "AutoPlanar", "AutoRadial", "AutoSpline",
-           "LatentLayout", "LatentSite"]
+__all__ = ["AutoAmortizedFlow", "AutoFlow", "AutoGaussian", "AutoIAF", "AutoPlanar", "AutoRadial",
+           "AutoSpline", "LatentLayout", "LatentSite"]
