@@ -6,13 +6,19 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 CLIP_FACTOR = 10.0  # gradients longer than this many median lengths are shortened
 CLIP_WINDOW = 100  # steps of the median
 SNAPSHOT_EVERY = 25  # steps
+ADAM: dict[str, Any] = {
+    "fused": True, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
+    "amsgrad": False, "maximize": False, "foreach": False, "capturable": False,
+    "differentiable": False, "grad_scale": None, "found_inf": None, "has_complex": False}
 
 
 class AdamState:
@@ -45,6 +51,7 @@ class AdamState:
         self.live = torch.stack([flat, torch.zeros_like(flat), torch.zeros_like(flat)])
         self.saved = self.live.clone()
         self.step = self.saved_step = 0
+        self.count = flat.new_zeros((), dtype=torch.float32)
         self.norms: deque[float] = deque(maxlen=CLIP_WINDOW)
 
     @property
@@ -78,11 +85,10 @@ class AdamState:
         """One step along a flat gradient of this length; it counts once it is whole."""
         theta, m, v = self.live
         limit, step = self.limit(), self.step + 1
-        gradient = gradient * min(limit / (norm + 1e-6), 1.0)
-        m.lerp_(gradient, 0.1)
-        v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        root = (v.sqrt() / math.sqrt(1 - 0.999 ** step)).add_(1e-8)
-        theta.addcdiv_(m, root, value=-rate / (1 - 0.9 ** step))
+        scale = limit / (norm + 1e-6)
+        gradient = gradient if scale >= 1 else gradient * scale
+        self.count.fill_(self.step)  # the kernel adds one
+        adam([theta], [gradient], [m], [v], [], [self.count], lr=rate, **ADAM)
         self.norms.append(min(norm, limit))
         if (step - 1) % SNAPSHOT_EVERY == 0:
             self.saved.copy_(self.live)

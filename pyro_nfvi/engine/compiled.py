@@ -29,7 +29,7 @@ HIDDEN_STATE = ("run again, the model differs from its recording: it depends on 
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
 ATTEMPTS = 5  # to record, if a factorization fails
-MANY_PRODUCTS, PRODUCTS_A_NUMBER = 5e7, 50  # multiplications a call, and for each number computed
+MANY_PRODUCTS, PRODUCTS_A_NUMBER = 5e7, 20  # multiplications a call, and for each number computed
 WORTH_INDUCTOR = 60.0  # seconds a fit must take before a minute of compilation pays
 # Largest differences from Python that rounding explains: of the value, and of its gradient.
 TOLERANCES = {torch.float64: (1e-8, 1e-5)}
@@ -149,8 +149,8 @@ class Compiled:
             yield "cuda_graph"
         elif not self._is_for_libraries():
             yield "c"
-        if tier == "auto" and self._is_long():
-            yield "inductor"
+            if self._is_long():
+                yield "inductor"
         if tier != "fx":
             yield "fx"
 

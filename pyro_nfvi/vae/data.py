@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,8 @@ def shaped_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data
     shape = tuple(likelihood.event_shape)
     wanted = f"(num_data, {', '.join(map(str, shape))})" if shape else "(num_data,)"
     if not isinstance(x, Tensor):
-        raise ValueError(f"VAE expected `x` to be a tensor of shape {wanted}, got {type_name(x)}.")
+        raise ValueError(f"VAE expected `x` to be a tensor of shape {wanted}, got {type_name(x)}. "
+                         f"Convert it: torch.as_tensor(x).")
     if x.dim() != 1 + len(shape) or tuple(x.shape[1:]) != shape:
         sizes = ", ".join(map(str, (-1, *shape)))
         fits = shape and x.numel() and not x.numel() % likelihood.event_shape.numel()
@@ -54,11 +55,11 @@ def checked_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Dat
     """
     x, mask = shaped_data(x, mask, likelihood, like)
     if not len(x):
-        raise ValueError("VAE expected at least one datum, got none.")
-    if mask is not None and not (some := mask.flatten(1).any(1)).all():
+        raise ValueError("VAE expected `x` to hold at least one datum, got none.")
+    if mask is not None and not (some := mask.reshape(len(mask), -1).any(1)).all():
         raise ValueError(f"VAE expected every datum to have something seen; that at "
                          f"{int((~some).nonzero()[0])} has nothing. Leave such data out: "
-                         f"x[mask.flatten(1).any(1)].")
+                         f"seen = mask.reshape(len(mask), -1).any(1); x[seen], mask[seen].")
     likelihood.check("VAE", x, mask)
     return x, mask
 
@@ -71,19 +72,26 @@ class Minibatches:
     Args:
         data: Data and mask.
         batch_size: Size of a batch.
-        weights: Iterator over the weight of the KL divergence at each step.
+        weight: Weight of the KL divergence at a step.
 
     Attributes:
         live: Data, mask (if any), which of them count, and the weight.
         most: Largest number of steps to supply at once.
+        step: Number of steps supplied.
     """
 
-    def __init__(self, data: Data, batch_size: int, weights: Iterator[float]) -> None:
-        self.data, self.weights = [part for part in data if part is not None], weights
+    def __init__(self, data: Data, batch_size: int, weight: Callable[[int], float]) -> None:
+        self.data = [part.contiguous() for part in data if part is not None]  # row by row
+        self.weight = weight
         self.num_data = len(data[0])
         self.batch_size = min(batch_size, self.num_data)
         self.num_batches = -(-self.num_data // self.batch_size)  # an epoch
-        self.order = torch.empty(0, self.batch_size, dtype=torch.long)
+        # With a generator of its own: batches are ordered ahead of the noise of other steps, by
+        # the clock.
+        seed = int(torch.randint(2 ** 62, ()))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = self.supplied = torch.empty(0, self.batch_size, dtype=torch.long)
+        self.step = 0
         batch_bytes = self.batch_size * sum(part[0].nbytes for part in self.data)
         self.most = max(1, BLOCK_BYTES // batch_bytes)
         first = torch.arange(self.batch_size)
@@ -96,15 +104,27 @@ class Minibatches:
         while len(self.order) < count:
             self.order = torch.cat([self.order, self._epoch()])
         now, self.order = self.order[:count], self.order[count:]
-        like = self.data[0]
+        steps = range(self.step, self.step + count)
+        self.step, self.supplied, like = steps.stop, now, self.data[0]
         counts = now >= 0
         place = torch.where(counts, now, -1 - now).to(like.device)
-        weights = torch.tensor([next(self.weights) for _ in range(count)])
-        return [*(part[place] for part in self.data), counts.to(like.device), weights.to(like)]
+        weights = like.new_tensor([self.weight(step) for step in steps])
+        rows = [part.index_select(0, place.view(-1)).view(*place.shape, *part.shape[1:])
+                for part in self.data]
+        return [*rows, counts.to(like.device), weights]
+
+    def rewind(self, step: int) -> None:
+        """Go back to one of the steps supplied last, whose batch becomes the live one."""
+        unused = self.step - step
+        order = torch.cat([self.supplied[len(self.supplied) - unused:], self.order])
+        self.order, self.step = order, step
+        for live, values in zip(self.live, self.take(1), strict=True):
+            live.copy_(values[0])
+        self.order, self.step = order, step
 
     def _epoch(self) -> Tensor:
         """Places of one epoch's batches; those that do not count are written as -1 - place."""
-        order = torch.randperm(self.num_data)
+        order = torch.randperm(self.num_data, generator=self.generator)
         extra = self.num_batches * self.batch_size - self.num_data
         return torch.cat([order, -1 - order[:extra]]).view(self.num_batches, self.batch_size)
 
@@ -113,10 +133,13 @@ def _with_lengths(x: Any, mask: Any, likelihood: Likelihood) -> tuple[Any, Any]:
     """Packed sequences, padded, with a mask."""
     if not isinstance(x, PackedSequence):
         return x, mask
+    if mask is not None:
+        raise ValueError("VAE takes no `mask` with a packed sequence, which knows its lengths. "
+                         "Leave it out, or pad: pad_packed_sequence(x, batch_first=True).")
     longest = likelihood.event_shape[0] if likelihood.event_shape else 0
-    if int(len(x.batch_sizes)) > longest or mask is not None:
-        raise ValueError(f"VAE expected sequences of at most {longest} steps and no mask beside "
-                         f"them, got up to {len(x.batch_sizes)} steps.")
+    if len(x.batch_sizes) > longest:
+        raise ValueError(f"VAE expected sequences of at most {longest} steps, as `event_shape` "
+                         f"says, got up to {len(x.batch_sizes)}. Build the likelihood with more.")
     padded, lengths = pad_packed_sequence(x, batch_first=True, total_length=longest)
     seen = torch.arange(longest) < lengths.unsqueeze(-1)
     seen = seen.reshape(*seen.shape, *[1] * (padded.dim() - 2)).expand(padded.shape)

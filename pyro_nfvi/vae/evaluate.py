@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi import _arviz
+from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_int
 from pyro_nfvi.inference.amortization import AmortizationGap, reoptimize
 from pyro_nfvi.vae.data import Data
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from pyro_nfvi.vae.vae import VAE
 
 BATCH_SIZE = 500  # data at a time
-SAMPLES_AT_ONCE = 50  # of each of them
+SAMPLES_AT_ONCE = 10  # of each of them
 ACTIVE = 0.01  # variance over the data from which a latent counts as used
 MEAN_DRAWS = 64
 
@@ -33,12 +35,12 @@ class LogLikelihood:
     Attributes:
         values: Of each datum.
         standard_errors: Of those, by the delta method.
-        num_dims: Numbers in a datum.
+        num_dims: Numbers in a datum, of those that were seen.
     """
 
     values: Tensor
     standard_errors: Tensor
-    num_dims: int
+    num_dims: float
 
     @property
     def mean(self) -> float:
@@ -60,7 +62,7 @@ class LogLikelihood:
                 f"{self.bits_per_dim:.4f} bits a dimension, {len(self.values)} data)")
 
 
-def bits_per_dim(nats: float, num_dims: int) -> float:
+def bits_per_dim(nats: float, num_dims: float) -> float:
     r"""Bits a dimension: :math:`-\log p(x) / (D \log 2)`."""
     return -nats / (num_dims * math.log(2))
 
@@ -84,14 +86,21 @@ def log_likelihood(vae: VAE, data: Data, num_samples: int = 1000) -> LogLikeliho
     check_positive_int("VAE.log_likelihood", "num_samples", num_samples, minimum=2)
 
     def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
-        log_w = torch.cat([_log_weights(vae, x, mask, len(part)) for part in
+        posterior, prior = vae.posterior_of(x, mask), vae.prior(vae.posterior_of)
+
+        def log_weights(count: int) -> Tensor:
+            z = posterior.rsample((count,))
+            log_joint = vae.likelihood_at(z, mask).log_prob(x) + prior.log_prob(z)
+            return log_joint - posterior.log_prob(z)
+        log_w = torch.cat([log_weights(len(part)) for part in
                            torch.arange(num_samples).split(SAMPLES_AT_ONCE)]).double()
         value = log_w.logsumexp(0) - math.log(num_samples)
         spread = (log_w - value).exp().std(0) / math.sqrt(num_samples)
         return torch.stack([value, spread], -1)
-    with pyro.validation_enabled(False):
+    with pyro.validation_enabled(False), evaluating(vae):
         both = by_batches(of_batch, data)
-    return LogLikelihood(both[:, 0], both[:, 1], vae.event_shape.numel())
+    num_seen = vae.event_shape.numel() if data[1] is None else int(data[1].sum()) / len(both)
+    return LogLikelihood(both[:, 0], both[:, 1], num_seen)
 
 
 @torch.no_grad()
@@ -110,12 +119,12 @@ def active_units(vae: VAE, data: Data) -> Tensor:
     """
     if len(data[0]) < 2:
         raise ValueError("VAE.active_units expected at least two data, got one.")
-    with pyro.validation_enabled(False):
-        means = by_batches(lambda x, mask: vae.posterior_of(x, mask).sample((MEAN_DRAWS,)).mean(0),
-                           data)
-        noise = by_batches(lambda x, mask: vae.posterior_of(x, mask).sample((MEAN_DRAWS,)).var(0),
-                           data).mean(0) / MEAN_DRAWS
-    return means.var(0) - noise > ACTIVE
+
+    def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.stack(torch.var_mean(vae.posterior_of(x, mask).sample((MEAN_DRAWS,)), 0), 1)
+    with pyro.validation_enabled(False), evaluating(vae):
+        variances, means = by_batches(of_batch, data).unbind(1)
+    return means.var(0) - variances.mean(0) / MEAN_DRAWS > ACTIVE
 
 
 def amortization_gap(vae: VAE, data: Data, *, num_steps: int = 200, lr: float = 0.02,
@@ -136,16 +145,18 @@ def amortization_gap(vae: VAE, data: Data, *, num_steps: int = 200, lr: float = 
         Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders,
         arXiv:1801.03558, section 3.
     """
-    x, mask = data
 
-    def elbo(features: Tensor, count: int) -> Tensor:
-        fit, divergence = elbo_terms(vae, x, mask, count, features)
-        return fit - divergence.sum(-1)
-    with torch.no_grad():
-        features = vae.features(x, mask)
-    with pyro.validation_enabled(False):
-        return reoptimize(elbo, features, num_steps=num_steps, lr=lr,
-                          num_particles=num_particles, seed=seed)
+    def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
+        def elbo(features: Tensor, count: int) -> Tensor:
+            fit, divergence = elbo_terms(vae, x, mask, count, features)
+            return fit - divergence.sum(-1)
+        with torch.no_grad():
+            features = vae.features(x, mask)
+        gap = reoptimize(elbo, features, num_steps=num_steps, lr=lr, num_particles=num_particles)
+        return torch.stack([gap.amortized, gap.optimized], -1)
+    with forked_rng(seed) if seed is not None else nullcontext(), evaluating(vae), \
+            pyro.validation_enabled(False):
+        return AmortizationGap(*by_batches(of_batch, data).unbind(-1))
 
 
 @torch.no_grad()
@@ -154,7 +165,8 @@ def to_arviz(vae: VAE, data: Data, *, num_samples: int = 100,
     """Latents, reconstructions and data as InferenceData (ArviZ 0.x) or DataTree (1.x).
 
     Groups: ``posterior`` (``z``), ``posterior_predictive`` (``x``), ``log_likelihood`` (``x``, of
-    the draws), ``observed_data`` (``x``). Dimensions: ``data``, ``latent``, ``x_dim_0``, ...
+    a datum given each draw), ``observed_data`` (``x``). Dimensions: ``data``, ``latent``,
+    ``x_dim_0``, ...
 
     Args:
         vae: The VAE.
@@ -164,13 +176,21 @@ def to_arviz(vae: VAE, data: Data, *, num_samples: int = 100,
     """
     check_positive_int("VAE.to_arviz", "num_samples", num_samples)
     x, mask = data
-    z = by_batches(lambda x, mask: vae.posterior_of(x, mask).sample((num_samples,)), data, 1)
-    fit = vae.likelihood_at(z, mask).log_prob(x)
-    drawn = vae.likelihood_at(z).sample()
+
+    def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
+        z = vae.posterior_of(x, mask).sample((num_samples,))
+        params = vae.params_at(z)
+        fit = vae.seen_part(params, mask).log_prob(x)
+        drawn = vae.likelihood(params).sample()
+        return torch.cat([z, fit.unsqueeze(-1), drawn.reshape(*fit.shape, -1)], -1)
+    with evaluating(vae):
+        z, fit, drawn = by_batches(of_batch, data, 1).split(
+            [vae.latent_dim, 1, vae.event_shape.numel()], -1)
+    shape = (num_samples, *x.shape)
     event = [f"x_dim_{i}" for i in range(len(vae.event_shape))]
     groups = {"posterior": {"z": _numpy(z)[None]},
-              "posterior_predictive": {"x": _numpy(drawn)[None]},
-              "log_likelihood": {"x": _numpy(fit)[None]},
+              "posterior_predictive": {"x": _numpy(drawn.reshape(shape))[None]},
+              "log_likelihood": {"x": _numpy(fit.squeeze(-1))[None]},
               "observed_data": {"x": _numpy(x if mask is None else
                                             x.where(mask, x.new_tensor(torch.nan)))}}
     dims = {"z": ["data", "latent"], "x": ["data", *event]}
@@ -186,13 +206,16 @@ def by_batches(function: Callable[[Tensor, Tensor | None], Tensor], data: Data, 
     return torch.cat(parts, dim)
 
 
-def _log_weights(vae: VAE, x: Tensor, mask: Tensor | None, count: int) -> Tensor:
-    """Log importance weights ``(count, num_data)`` of posterior draws."""
-    posterior, prior = vae.posterior_of(x, mask), vae.prior(vae.posterior_of)
-    z = posterior.rsample((count,))
-    log_joint = vae.likelihood_at(z, mask).log_prob(x) + prior.log_prob(z)
-    weights: Tensor = log_joint - posterior.log_prob(z)
-    return weights
+@contextmanager
+def evaluating(vae: VAE) -> Iterator[None]:
+    """Put every module into evaluation mode, and back afterwards."""
+    modes = [(module, module.training) for module in vae.modules()]
+    vae.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _numpy(values: Tensor) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from pyro_nfvi._files import read_file, write_file
 
@@ -25,14 +27,17 @@ def read_state(path: str | PathLike, vae: VAE) -> None:
     Raises:
         ValueError: If there is no such file, or it is of other parts.
     """
-    content = read_file(path, "VAE", FORMAT, VERSION, {"state"})
-    try:
-        vae.load_state_dict(content["state"])
-    except RuntimeError as error:
-        raise ValueError(f"VAE.load: {str(path)!r} is of a VAE of other parts. "
-                         f"{_first_difference(error)}") from None
+    state = read_file(path, "VAE", FORMAT, VERSION, {"state"})["state"]
+    theirs, ours = _shapes(state), _shapes(vae.state_dict())
+    if theirs != ours:  # found before anything is overwritten
+        name = min(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        raise ValueError(f"VAE.load: {str(path)!r} is of a VAE of other parts: {name!r} is "
+                         f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} "
+                         f"here. Build the VAE with the options it was saved with.")
+    vae.load_state_dict(state)
 
 
-def _first_difference(error: RuntimeError) -> str:
-    lines = str(error).split("\n")
-    return lines[min(1, len(lines) - 1)].strip()
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a state; none of what is no state."""
+    items = state.items() if isinstance(state, dict) else ()
+    return {str(name): tuple(value.shape) for name, value in items if isinstance(value, Tensor)}

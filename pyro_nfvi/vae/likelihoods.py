@@ -18,6 +18,7 @@ from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_nam
 
 # Bounds of learned logarithms: wide enough for any data worth a fit, and in float32 the square of
 # a ratio of two such numbers still is one.
+FLAT_SOFTPLUS = 40.0  # beyond, softplus is the identity to the last digit
 MAX_LOG = 20.0
 MAX_LOG_PIXEL_SCALE = 7.0
 SMALL_LOGIT = 0.1  # below, the series of the continuous Bernoulli is exact in float64
@@ -139,7 +140,7 @@ class Bernoulli(Likelihood):
     _way_out = "For data between 0 and 1: ContinuousBernoulli(event_shape)."
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
-        return dist.Bernoulli(logits=params[0])
+        return _Bernoulli(logits=params.squeeze(0))
 
     def _in_support(self, x: Tensor) -> Tensor:
         return (x == 0) | (x == 1)
@@ -171,7 +172,7 @@ class ContinuousBernoulli(Likelihood):
     _way_out = "Rescale them (8-bit images: x / 255), or use Gaussian(event_shape)."
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
-        return ContinuousBernoulliDistribution(params[0])
+        return ContinuousBernoulliDistribution(params.squeeze(0))
 
     def _in_support(self, x: Tensor) -> Tensor:
         return (x >= 0) & (x <= 1)
@@ -461,10 +462,10 @@ class Poisson(Likelihood):
 
     def as_input(self, x: Tensor) -> Tensor:
         """The logarithm of one plus the count."""
-        return super().as_input(x).log1p()
+        return super().as_input(x).clamp(min=0).log1p()  # pseudo-inputs may be negative
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
-        return dist.Poisson(_bounded_exp(params[0]))
+        return dist.Poisson(_bounded_exp(params.squeeze(0)))
 
     def _in_support(self, x: Tensor) -> Tensor:
         return (x == x.floor()) & (x >= 0)
@@ -505,7 +506,7 @@ class NegativeBinomial(Likelihood):
 
     def as_input(self, x: Tensor) -> Tensor:
         """The logarithm of one plus the count."""
-        return super().as_input(x).log1p()
+        return super().as_input(x).clamp(min=0).log1p()  # pseudo-inputs may be negative
 
     def _distribution(self, params: Tensor) -> TorchDistribution:
         log_mean, log_concentration = _soft_clamp(params, MAX_LOG)
@@ -676,6 +677,16 @@ class DiscretizedLogisticDistribution(TorchDistribution):
     def _centre(self, value: Tensor) -> Tensor:
         """Centre of the bin of a level, on the scale [-1, 1]."""
         return value.to(self.loc.dtype) * (2 / (self.num_levels - 1)) - 1
+
+
+class _Bernoulli(dist.Bernoulli):
+    """Pyro's, with a log-probability in half as many passes over the pixels."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return value * self.logits - F.softplus(self.logits, threshold=FLAT_SOFTPLUS)
 
 
 class _NegativeBinomial(dist.NegativeBinomial):

@@ -54,14 +54,15 @@ def divergence(posterior: TorchDistributionMixin, prior: TorchDistributionMixin,
 def penalty(terms: Tensor, seen: Tensor, free_bits: float) -> Tensor:
     r"""What the objective subtracts for each datum.
 
-    .. math:: \textstyle\sum_j \max(\lambda, \mathbb E_n[\mathrm{KL}_{nj}])
+    .. math:: \textstyle\sum_j \max(\lambda_j, \mathbb E_n[\mathrm{KL}_{nj}])
 
-    Without free bits :math:`\lambda` this is the KL divergence itself.
+    Without free bits this is the KL divergence itself. The :math:`\lambda_j` of a group is that
+    of a coordinate times their number in it.
 
     Args:
         terms: KL divergences ``(num_data, groups)`` of :func:`elbo_terms`.
         seen: Which of the data count.
-        free_bits: Nats a coordinate :math:`\lambda`.
+        free_bits: Nats of all coordinates together, which cost nothing.
 
     References:
         Kingma et al. (2016), Improved Variational Inference with Inverse Autoregressive Flow,
@@ -70,7 +71,7 @@ def penalty(terms: Tensor, seen: Tensor, free_bits: float) -> Tensor:
     if not free_bits:
         return terms.sum(-1)
     weights = seen.to(terms.dtype) / seen.sum()
-    return torch.clamp(weights @ terms, min=free_bits).sum().expand(len(terms))
+    return torch.clamp(weights @ terms, min=free_bits / terms.shape[-1]).sum().expand(len(terms))
 
 
 def _factorizes(distribution: TorchDistributionMixin) -> bool:

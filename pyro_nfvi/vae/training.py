@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int
 from pyro_nfvi.engine import Stepper, check_tier
 from pyro_nfvi.inference import History, Loop
+from pyro_nfvi.inference.loop import MAX_ROLLBACKS
 from pyro_nfvi.inference.stopping import OneCycle
 from pyro_nfvi.vae.data import Data, Minibatches
-from pyro_nfvi.vae.evaluate import active_units
+from pyro_nfvi.vae.evaluate import active_units, evaluating
 from pyro_nfvi.vae.objective import elbo_terms, penalty
 
 if TYPE_CHECKING:
@@ -97,17 +97,24 @@ def train(vae: VAE, data: Data, *, num_epochs: int = 100, batch_size: int = 128,
     check_positive_int("VAE.fit", "warm_up", warm_up, minimum=0)
     _check_weight("beta", beta)
     _check_weight("free_bits", free_bits)
+    _check_seed(seed)
+    if not any(p.requires_grad for p in vae.parameters()):
+        raise ValueError("VAE.fit expected parameters to train, got only frozen ones. Thaw some: "
+                         "vae.requires_grad_().")
     held_out = _checked_validation(vae, validation, patience)
     check_tier("VAE.fit", compile)
+    num_batches = math.ceil(len(data[0]) / batch_size)
+
+    def weight(step: int) -> float:
+        return beta * min(1.0, (step + 1) / (warm_up * num_batches)) if warm_up else beta
     with forked_rng(seed) if seed is not None else nullcontext():
-        first = math.ceil(len(data[0]) / min(batch_size, len(data[0])))
-        feed = Minibatches(data, batch_size, _weights(beta, warm_up * first))
-        loop = _Epochs(vae, feed, num_particles, free_bits, held_out, patience,
-                       num_epochs=num_epochs, lr=lr, compile=compile, progress=progress)
-        was_training = vae.training
-        history = loop.run()
-        vae.train(was_training)
+        with evaluating(vae):  # which puts the modules back into their modes
+            vae.train()
+            history = _Epochs(vae, Minibatches(data, batch_size, weight), num_particles, free_bits,
+                              held_out, patience, num_epochs=num_epochs, lr=lr, compile=compile,
+                              progress=progress).run()
         _look_at_latents(vae, data, history)
+    _warn(history)
     return history
 
 
@@ -125,7 +132,6 @@ class _Epochs(Loop):
         self.free_bits, self.held_out, self.patience = free_bits, held_out, patience
         self.history: TrainingHistory = TrainingHistory()
         self.best: dict[str, Tensor] | None = None
-        self.vae.train()
 
     def run(self) -> TrainingHistory:
         """Make the steps, and go back to the best epoch."""
@@ -136,20 +142,33 @@ class _Epochs(Loop):
         return self.history
 
     def _estimates(self) -> tuple[Tensor, Tensor]:
-        """Objective of each datum of the live minibatch, nan for those that do not count."""
+        """Objective of each datum of the live minibatch, and it; nan where it does not count."""
         *data, counts, weight = self.minibatches.live
         x, mask = data[0], data[1] if len(data) > 1 else None
         fit, divergence = elbo_terms(self.vae, x, mask, self.num_particles)
-        objective = fit - weight * penalty(divergence, counts, self.free_bits)
-        return objective.where(counts, objective.new_tensor(torch.nan)), x
+        objective = fit - weight * penalty(divergence, counts,
+                                           self.free_bits * self.vae.latent_dim)
+        nothing = objective.new_tensor(torch.nan)
+        counts_of_x = counts.reshape(-1, *[1] * (x.dim() - 1))
+        return objective.where(counts, nothing), x.where(counts_of_x, nothing)
 
     def _blame(self, x: Tensor) -> str:
+        if x.isnan().any():  # of those that do not count
+            return "the gradient"
         return f"'x' (log-likelihood of a datum with values up to {x.abs().max().item():.4g})"
 
     def _chunk(self, stepper: Stepper) -> int:
-        """No further than the end of the epoch."""
+        """No further than the end of the epoch, if something is to happen there."""
+        count = super()._chunk(stepper)
+        if self.held_out is None:
+            return count
         left = -len(self.history.elbo) % self.minibatches.num_batches
-        return min(super()._chunk(stepper), left or self.minibatches.num_batches)
+        return min(count, left or self.minibatches.num_batches)
+
+    def _roll_back(self, stepper: Stepper) -> None:
+        """The batch that failed is tried again."""
+        self.minibatches.rewind(len(self.history.elbo))
+        super()._roll_back(stepper)
 
     def _look(self, stepper: Stepper) -> None:
         super()._look(stepper)
@@ -163,9 +182,9 @@ class _Epochs(Loop):
 
     def _validate(self, x: Tensor, mask: Tensor | None) -> None:
         history = self.history
-        self.vae.eval()
-        history.validation.append(self.vae.elbo(x, mask).mean().item())
-        self.vae.train()
+        with forked_rng(seed=0):  # the same noise after every epoch
+            value = self.vae.elbo(x, mask).mean().item()
+        history.validation.append(value if math.isfinite(value) else -math.inf)
         if history.validation[-1] >= max(history.validation):
             history.best_epoch = len(history.validation)
             self.best = {name: value.clone() for name, value in self.vae.state_dict().items()}
@@ -179,18 +198,14 @@ class _Epochs(Loop):
                                 refresh=False)
 
 
-def _weights(beta: float, warm_up: int) -> Iterator[float]:
-    """Weight of the KL divergence at each step."""
-    return itertools.chain((beta * (step + 1) / warm_up for step in range(warm_up)),
-                           itertools.repeat(beta))
-
-
 def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
     """Say so if latents are not used."""
     x, mask = (None if part is None else part[:NUM_LOOKED_AT] for part in data)
     if x is None or len(x) < 2:
         return
     history.active_units = active_units(vae, (x, mask)).tolist()
+    if history.interrupted:
+        return
     count, total = sum(history.active_units), vae.latent_dim
     if count == 0:
         history.concerns.append(
@@ -200,14 +215,26 @@ def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
         history.concerns.append(
             f"only {count} of {total} latents depend on the data. A smaller latent_dim would do; "
             "to have more in use train with warm_up=10 or free_bits=0.1")
-    for concern in history.concerns:
-        warnings.warn(f"VAE.fit: {concern}.", stacklevel=4)
+
+
+def _warn(history: TrainingHistory) -> None:
+    if history.interrupted:
+        warnings.warn(f"VAE.fit was interrupted after {len(history.elbo)} steps; the parameters "
+                      "are those so far.", stacklevel=4)
+    problems = [history.stopped] if len(history.rollbacks) >= MAX_ROLLBACKS else []
+    for problem in [*problems, *history.concerns]:
+        warnings.warn(f"VAE.fit: {problem}.", stacklevel=4)
 
 
 def _check_weight(name: str, value: Any) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
     if not ok:
         raise ValueError(f"VAE.fit expected `{name}` to be a number >= 0, got {value!r}.")
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"VAE.fit expected `seed` to be an integer or None, got {seed!r}.")
 
 
 def _checked_validation(vae: VAE, validation: Any, patience: Any) -> Data | None:
@@ -217,5 +244,11 @@ def _checked_validation(vae: VAE, validation: Any, patience: Any) -> Data | None
             raise ValueError("VAE.fit expected `validation` data to go with `patience`, got None.")
     if validation is None:
         return None
-    pair: Sequence[Any] = validation if isinstance(validation, tuple) else (validation, None)
-    return vae._checked(*pair)
+    is_pair = isinstance(validation, tuple) and not isinstance(validation, PackedSequence)
+    if is_pair and len(validation) != 2:
+        raise ValueError("VAE.fit expected `validation` to be data, or data and mask, got a tuple "
+                         f"of {len(validation)}.")
+    try:
+        return vae._checked(*(validation if is_pair else (validation, None)))
+    except ValueError as error:
+        raise ValueError(f"VAE.fit, `validation`: {error}") from None

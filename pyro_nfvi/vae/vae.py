@@ -18,6 +18,7 @@ from pyro_nfvi.vae import evaluate
 from pyro_nfvi.vae.data import Data, checked_data, shaped_data
 from pyro_nfvi.vae.decoders import MLPDecoder
 from pyro_nfvi.vae.encoders import MLPEncoder, features_of, takes_mask
+from pyro_nfvi.vae.evaluate import evaluating
 from pyro_nfvi.vae.files import read_state, write_state
 from pyro_nfvi.vae.likelihoods import Likelihood
 from pyro_nfvi.vae.objective import elbo_terms
@@ -35,15 +36,16 @@ class VAE(nn.Module):
               q(z_n \mid x_n) = q(z \mid \mathrm{encoder}(x_n))
 
     :meth:`fit` trains it in one call; :attr:`model` and :attr:`guide` go into Pyro's ``SVI`` with
-    any ELBO.
+    any ELBO. What looks at a fit (:meth:`elbo`, :meth:`reconstruct` and the like) does so in
+    evaluation mode, without dropout.
 
     Args:
         likelihood: Distribution of the data, which knows the shape of one datum.
         latent_dim: Number of latent coordinates.
         encoder: Any module that maps data ``(batch, *event_shape)`` to features
             ``(batch, output_dim)``. Default: :class:`~pyro_nfvi.vae.MLPEncoder`.
-        decoder: Any module that maps ``(*batch, latent_dim)`` to the likelihood's parameters
-            ``(*batch, num_params, *event_shape)``. Default: :class:`~pyro_nfvi.vae.MLPDecoder`.
+        decoder: Any module that maps ``(batch, latent_dim)`` to the likelihood's parameters
+            ``(batch, num_params, *event_shape)``. Default: :class:`~pyro_nfvi.vae.MLPDecoder`.
         posterior: Function of ``(feature_dim, latent_dim)`` that builds the posterior:
             :class:`~pyro_nfvi.vae.DiagonalGaussian` (the default),
             :class:`~pyro_nfvi.vae.FullGaussian`, or
@@ -84,8 +86,7 @@ class VAE(nn.Module):
             _checked_part("encoder", encoder, nn.Module)
         self.decoder = MLPDecoder(latent_dim, shape, likelihood.num_params) if decoder is None \
             else _checked_part("decoder", decoder, nn.Module)
-        self.posterior = _checked_part("posterior", posterior(features_of(self.encoder),
-                                                              latent_dim), AmortizedPosterior)
+        self.posterior = _built_posterior(posterior, features_of(self.encoder), latent_dim)
         self.prior = _checked_prior(prior, latent_dim)
         self.name = name
 
@@ -135,13 +136,32 @@ class VAE(nn.Module):
             mask = mask.unsqueeze(-1 - len(self.event_shape)).expand(inputs.shape)
         if mask is not None:
             inputs = inputs.where(mask, inputs.new_zeros(()))
-        given = (inputs, mask) if takes_mask(self.encoder) else (inputs,)
-        features: Tensor = self.encoder(*given)
+        seen = {"mask": mask} if takes_mask(self.encoder) else {}
+        features: Tensor = self.encoder(inputs, **seen)
+        expected = (len(x), self.posterior.feature_dim)
+        if not isinstance(features, Tensor) or features.shape != expected:
+            raise ValueError(f"VAE expected its encoder to return features of shape {expected}, "
+                             f"one row a datum, got {_described(features)}. If their number is "
+                             f"another, set it before: encoder.output_dim = 64.")
         return features
+
+    def params_at(self, z: Tensor) -> Tensor:
+        """The decoder's output at latents ``(*batch, latent_dim)``, which it sees as rows."""
+        batch = z.shape[:-1]
+        params = self.decoder(z.reshape(batch.numel(), self.latent_dim))
+        if not isinstance(params, Tensor) or params.shape[:1] != (batch.numel(),):
+            raise ValueError(f"VAE expected its decoder to return parameters of shape "
+                             f"{(batch.numel(), self.likelihood.num_params, *self.event_shape)}, "
+                             f"one row a latent, got {_described(params)}.")
+        return params.reshape(*batch, *params.shape[1:])
 
     def likelihood_at(self, z: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
         """Distribution of data given latents ``(*batch, latent_dim)``, of what was seen."""
-        distribution = self.likelihood(self.decoder(z))
+        return self.seen_part(self.params_at(z), mask)
+
+    def seen_part(self, params: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
+        """Distribution of data given the decoder's output, of what was seen."""
+        distribution = self.likelihood(params)
         if mask is not None:
             distribution = distribution.mask(mask)
         return distribution.to_event(len(self.event_shape))
@@ -186,33 +206,36 @@ class VAE(nn.Module):
     @torch.no_grad()
     def reconstruct(self, x: Any, mask: Tensor | None = None) -> Tensor:
         """Mean of data (for classes: the most probable) at the posterior mean of the latents."""
-        return evaluate.by_batches(lambda x, mask: self.likelihood.mean(self.decoder(
-            posterior_mean(self.posterior_of(x, mask)))), self._checked(x, mask))
+        with evaluating(self):
+            return evaluate.by_batches(lambda x, mask: self.likelihood.mean(self.params_at(
+                posterior_mean(self.posterior_of(x, mask)))), self._checked(x, mask))
 
     @torch.no_grad()
     def generate(self, num_samples: int, *, mean: bool = False) -> Tensor:
         """New data ``(num_samples, *event_shape)``, or with ``mean`` their means."""
-        check_positive_int("VAE", "num_samples", num_samples)
-        z = self.prior(self.posterior_of).sample((num_samples,))
-        return self.likelihood.mean(self.decoder(z)) if mean else self.decode(z).sample()
+        check_positive_int("VAE.generate", "num_samples", num_samples)
+        with evaluating(self):
+            z = self.prior(self.posterior_of).sample((num_samples,))
+            return self.likelihood.mean(self.params_at(z)) if mean else self.decode(z).sample()
 
     @torch.no_grad()
     def latents(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 100) -> Tensor:
         """Posterior draws ``(num_samples, num_data, latent_dim)``."""
-        check_positive_int("VAE", "num_samples", num_samples)
-        return evaluate.by_batches(
-            lambda x, mask: self.posterior_of(x, mask).sample((num_samples,)),
-            self._checked(x, mask), dim=1)
+        check_positive_int("VAE.latents", "num_samples", num_samples)
+        with evaluating(self):
+            return evaluate.by_batches(
+                lambda x, mask: self.posterior_of(x, mask).sample((num_samples,)),
+                self._checked(x, mask), dim=1)
 
     @torch.no_grad()
     def elbo(self, x: Any, mask: Tensor | None = None, *, num_particles: int = 1) -> Tensor:
         """Estimate of the ELBO of each datum, in nats: ``(num_data,)``."""
-        check_positive_int("VAE", "num_particles", num_particles)
+        check_positive_int("VAE.elbo", "num_particles", num_particles)
 
         def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
             fit, divergence = elbo_terms(self, x, mask, num_particles)
             return fit - divergence.sum(-1)
-        with pyro.validation_enabled(False):
+        with pyro.validation_enabled(False), evaluating(self):
             return evaluate.by_batches(of_batch, self._checked(x, mask))
 
     def log_likelihood(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 1000
@@ -264,20 +287,41 @@ def posterior_mean(posterior: TorchDistributionMixin) -> Tensor:
         return posterior.sample((MEAN_DRAWS,)).mean(0)
 
 
-def _checked_part(name: str, part: Any, kind: type) -> Any:
+def _checked_part(name: str, part: Any, kind: type, latent_dim: int = 0) -> Any:
     if not isinstance(part, kind):
         way_out = {"likelihood": " Say: Bernoulli((28, 28)).",
-                   "posterior": " Say: posterior=DiagonalGaussian, or "
-                                "partial(FlowPosterior, recipe=iaf)."}.get(name, "")
-        raise ValueError(f"VAE expected `{name}` to be a {kind.__name__}, got "
-                         f"{type_name(part)}.{way_out}")
+                   "prior": f" Say: StandardGaussian({latent_dim})."}.get(name, "")
+        got = f"the class {part.__name__}, not built" if isinstance(part, type) \
+            else type_name(part)
+        raise ValueError(f"VAE expected `{name}` to be a {kind.__name__}, got {got}.{way_out}")
     return part
+
+
+def _built_posterior(build: Any, feature_dim: int, latent_dim: int) -> AmortizedPosterior:
+    way_out = "Say: posterior=DiagonalGaussian, or partial(FlowPosterior, recipe=iaf)."
+    if not callable(build) or isinstance(build, nn.Module):
+        raise ValueError(f"VAE expected `posterior` to be a function of (feature_dim, latent_dim) "
+                         f"that builds one, got {type_name(build)}. {way_out}")
+    posterior = build(feature_dim, latent_dim)
+    if not isinstance(posterior, AmortizedPosterior):
+        raise ValueError(f"VAE expected `posterior` to build an AmortizedPosterior, got "
+                         f"{type_name(posterior)}. {way_out}")
+    dims = (posterior.feature_dim, posterior.latent_dim)
+    if dims != (feature_dim, latent_dim):
+        raise ValueError(f"VAE expected `posterior` to build one of feature_dim={feature_dim} and "
+                         f"latent_dim={latent_dim}, got {dims[0]} and {dims[1]}. {way_out}")
+    return posterior
 
 
 def _checked_prior(prior: Any, latent_dim: int) -> Prior:
     if prior is None:
         return StandardGaussian(latent_dim)
-    if not isinstance(prior, Prior) or prior.latent_dim != latent_dim:
-        raise ValueError(f"VAE expected `prior` to be a Prior of {latent_dim} coordinates, got "
-                         f"{prior!r}.")
+    prior = _checked_part("prior", prior, Prior, latent_dim)
+    if prior.latent_dim != latent_dim:
+        raise ValueError(f"VAE expected `prior` to be of {latent_dim} coordinates, got "
+                         f"{prior.latent_dim}. Say: {type_name(prior)}({latent_dim}, ...).")
     return prior
+
+
+def _described(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type_name(value)

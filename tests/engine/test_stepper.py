@@ -290,7 +290,7 @@ def test_a_model_that_changes_during_the_fit_is_found_and_runs_as_it_is(change_a
     target, run = [0.0], Stepper.run
     seen = {}
 
-    def spy(stepper, rates):
+    def spy(stepper, rates, fed=()):
         made = len(stepper.elbo)
         seen.setdefault(made, stepper.state.live.clone())
         if made >= change_at:
