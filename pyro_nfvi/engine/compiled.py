@@ -29,7 +29,6 @@ HIDDEN_STATE = ("run again, the model differs from its recording: it depends on 
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
 ATTEMPTS = 5  # to record, if a factorization fails
-MANY_PRODUCTS, PRODUCTS_A_NUMBER = 5e7, 20  # multiplications a call, and for each number computed
 WORTH_INDUCTOR = 60.0  # seconds a fit must take before a minute of compilation pays
 # Largest differences from Python that rounding explains: of the value, and of its gradient.
 TOLERANCES = {torch.float64: (1e-8, 1e-5)}
@@ -147,18 +146,12 @@ class Compiled:
             yield tier
         elif self.python.live[0].device.type == "cuda":
             yield "cuda_graph"
-        elif not self._is_for_libraries():
+        else:
             yield "c"
-            if self._is_long():
-                yield "inductor"
+        if tier == "auto" and self._is_long():
+            yield "inductor"
         if tier != "fx":
             yield "fx"
-
-    def _is_for_libraries(self) -> bool:
-        """Whether matrix products are most of the work: torch's libraries use every core."""
-        assert self.recording is not None
-        products = self.recording.num_products
-        return products > max(MANY_PRODUCTS, PRODUCTS_A_NUMBER * self.recording.num_computed)
 
     def _is_long(self) -> bool:
         """Whether the calls take so long without a compiler that a minute of building pays."""

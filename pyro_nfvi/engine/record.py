@@ -26,9 +26,6 @@ LIKE = {aten.randn_like.default: aten.normal_.default,
         aten.rand_like.default: aten.uniform_.default}
 READS = ("Python reads a number that depends on a parameter or a latent: a condition, float(...) "
          "or .item() ({})")
-# Matrix products, with the place of the factor whose last dimension is summed over.
-PRODUCTS = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1,
-            aten.baddbmm.default: 1}
 CHECKS = {aten._linalg_check_errors.default}  # no result, but an error: they stay in the graph
 
 
@@ -58,13 +55,6 @@ class Recording:
         shapes = (node.meta.get("shape") for node in self.graph.graph.nodes
                   if node.op == "call_function")
         return sum(math.prod(shape) for shape in shapes if shape is not None)
-
-    @property
-    def num_products(self) -> int:
-        """How many multiplications the matrix products of one run make."""
-        return sum(math.prod(node.meta["shape"]) * node.args[place].meta["shape"][-1]
-                   for node in self.graph.graph.nodes
-                   if (place := PRODUCTS.get(node.target)) is not None)
 
 
 def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> Recording:

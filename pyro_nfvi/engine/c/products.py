@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from pyro_nfvi.engine.c import blas
 from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, Expr, Number, Unsupported, View, loops
 
 if TYPE_CHECKING:
@@ -77,8 +78,24 @@ def _copy(lowering: Lowering, view: View, inner: int) -> View:
 
 def _call(a: View, b: View, out: View) -> str:
     (rows, inner), columns = a.shape, b.shape[1]
-    return (f"gemm_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, {_pointer(a)}, {a.strides[0]}, "
-            f"{a.strides[1]}, {_pointer(b)}, {b.strides[0]}, {_pointer(out)}, {out.strides[0]});")
+    name = "large" if _is_for_blas(a, b, out) else "gemm"
+    return (f"{name}_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, "
+            f"{_pointer(a)}, {a.strides[0]}, {a.strides[1]}, {_pointer(b)}, {b.strides[0]}, {_pointer(out)}, {out.strides[0]});")
+
+
+def _is_for_blas(a: View, b: View, out: View) -> bool:
+    """Whether a product is large, and its matrices lie as torch's library wants them."""
+    (rows, inner), columns = a.shape, b.shape[1]
+    if rows * inner * columns < blas.LARGE:
+        return False
+    if blas.address(a.dtype) is None:
+        if rows * inner * columns > blas.TOO_LARGE:
+            raise Unsupported("a large matrix product, which torch's library does not show")
+        return False
+    dense = (a.strides[1] == 1 and a.strides[0] >= inner) or \
+        (a.strides[0] == 1 and a.strides[1] >= rows)
+    return dense and b.strides[1] == out.strides[1] == 1 and \
+        min(b.strides[0], out.strides[0]) >= columns
 
 
 def _pointer(view: View) -> str:

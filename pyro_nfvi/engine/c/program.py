@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi.engine.adam import AdamState
+from pyro_nfvi.engine.c.blas import connect
 from pyro_nfvi.engine.c.build import load
 from pyro_nfvi.engine.c.ir import Unsupported
 from pyro_nfvi.engine.c.lower import Lowering
@@ -48,6 +49,7 @@ class CProgram:
             raise Unsupported(f"{len(text) / 1e6:.1f} MB of code, which would take too long to "
                               "compile")
         self.library = load(text)
+        connect(self.library)
         self.strides = [t.stride() for t in examples]
         self.kinds = [(tuple(t.shape), t.dtype) for t in examples]
         results = next(n for n in graph.graph.nodes if n.op == "output").args[0]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_nfvi.engine.adam import CLIP_FACTOR, CLIP_WINDOW, SNAPSHOT_EVERY
+from pyro_nfvi.engine.c import blas
 from pyro_nfvi.engine.c.ir import C_TYPES, SUFFIXES, Unsupported
 from pyro_nfvi.engine.c.lower import Lowering
 
@@ -82,6 +83,7 @@ def functions(body: str) -> list[str]:
         if f"_{suffix}(" in body:
             texts.append(_functions(dtype))
             texts += [gemm(dtype)] if f"gemm_{suffix}(" in body else []
+            texts += [blas.text(dtype)] if f"large_{suffix}(" in body else []
     return texts
 
 
