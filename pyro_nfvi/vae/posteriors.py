@@ -76,7 +76,8 @@ class DiagonalGaussian(AmortizedPosterior):
         self.scale = nn.Linear(feature_dim, latent_dim)
 
     def _distribution(self, features: Tensor) -> TorchDistributionMixin:
-        return dist.Normal(self.loc(features), _positive(self.scale(features))).to_event(1)
+        loc, raw_scale = _side_by_side(features, self.loc, self.scale)
+        return dist.Normal(loc, _positive(raw_scale)).to_event(1)
 
 
 class FullGaussian(AmortizedPosterior):
@@ -174,6 +175,13 @@ def _kl_correlated_independent(q: CorrelatedNormal, p: Independent) -> Tensor:
     log_diagonal = q.scale_tril.diagonal(dim1=-2, dim2=-1).log()
     terms = factor.square().sum(-1) + distance - 1 + 2 * (scale - log_diagonal)
     return 0.5 * terms.sum(-1)
+
+
+def _side_by_side(features: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Outputs of linear layers of the same features, by one matrix product."""
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = torch.cat([layer.bias for layer in layers])
+    return F.linear(features, weight, bias).split([layer.out_features for layer in layers], -1)
 
 
 def _positive(raw: Tensor) -> Tensor:

@@ -573,3 +573,66 @@ def test_the_time_of_a_step_is_known_once_there_is_one():
     assert stepper.engine.build_seconds > 0
     stepper.run([0.1] * 4)
     assert 0 < stepper.engine.microseconds < 1e6
+
+
+# ------------------------------------------------------------------ feeds
+
+def fed_stepper(tier, feeds, num_steps=20):
+    """A stepper whose ELBO tells what it was fed."""
+    x = torch.nn.Parameter(torch.ones(3, dtype=DOUBLE))
+
+    def function():
+        noise = 1e-3 * torch.randn(3, dtype=DOUBLE)
+        elbo = -(x + noise - x.detach()).square().sum() - (x * 0).sum()
+        for feed in feeds:
+            elbo = elbo + torch.where(feed, 2.0, 3.0).sum().to(DOUBLE) \
+                if feed.dtype == torch.bool else elbo + (feed * x).sum()
+        return [elbo, *torch.autograd.grad(-elbo, [x])]
+    return x, Stepper(function, [x], tier, num_steps, feeds)
+
+
+@pytest.mark.parametrize("tier", ["c", "fx", "eager"])
+def test_each_step_sees_its_own_feeds_and_no_other(tier):
+    feeds = [torch.zeros(3, dtype=DOUBLE), torch.zeros(2, 3, dtype=torch.bool)]
+    x, stepper = fed_stepper(tier, feeds)
+    assert stepper.tier == tier, stepper.reason
+    numbers = torch.randn(7, 3, dtype=DOUBLE)
+    flags = torch.rand(7, 2, 3) > 0.5
+    made = stepper.run([1e-12] * 4, [numbers[:4], flags[:4]])
+    made += stepper.run([1e-12] * 3, [numbers[4:], flags[4:]])
+    assert made == 7
+    expected = numbers.sum(-1) + 18 - flags.sum((-1, -2))
+    assert stepper.elbo == pytest.approx(expected.tolist(), abs=1e-3)
+    assert stepper.agrees() == ""
+
+
+@pytest.mark.parametrize("tier", ["c", "fx", "eager"])
+def test_a_feed_that_is_not_finite_stops_before_its_step(tier):
+    feeds = [torch.zeros(3, dtype=DOUBLE)]
+    x, stepper = fed_stepper(tier, feeds)
+    numbers = torch.ones(6, 3, dtype=DOUBLE)
+    numbers[3] = math.nan
+    assert stepper.run([1e-3] * 6, [numbers]) == 3
+    assert len(stepper.elbo) == stepper.state.step == 3
+    assert stepper.state.live.isfinite().all()
+    assert (stepper.failed is None) == (tier == "eager")
+    assert stepper.run([1e-3] * 2, [numbers[4:]]) == 2
+
+
+def test_feeds_are_split_with_the_blocks_of_the_noise(monkeypatch):
+    monkeypatch.setattr("pyro_nfvi.engine.stepper.BLOCK_BYTES", 3 * 24)  # of three steps
+    feeds = [torch.zeros(3, dtype=DOUBLE)]
+    _, stepper = fed_stepper("c", feeds)
+    assert stepper.draw_bytes == 24
+    numbers = torch.arange(10.0, dtype=DOUBLE).unsqueeze(-1).expand(10, 3).contiguous()
+    assert stepper.run([1e-12] * 10, [numbers]) == 10
+    assert stepper.elbo == pytest.approx([3.0 * step for step in range(10)], abs=1e-3)
+
+
+def test_the_parameters_alone_are_trained():
+    feeds = [torch.full((3,), 2.0, dtype=DOUBLE)]
+    x, stepper = fed_stepper("c", feeds)
+    stepper.run([0.1], [torch.full((1, 3), 5.0, dtype=DOUBLE)])
+    stepper.state.write_back()
+    assert (x.detach() > 1.09).all()
+    assert feeds[0].tolist() == [2.0] * 3

@@ -20,10 +20,11 @@ typedef void (*product_SUF)(const char*, const char*, const int64_t*, const int6
     const int64_t*, const REAL*, const REAL*, const int64_t*, const REAL*, const int64_t*,
     const REAL*, REAL*, const int64_t*);
 product_SUF blas_SUF;
-static void large_SUF(int64_t M, int64_t N, int64_t K, const REAL* A, int64_t am, int64_t ak,
-                      const REAL* B, int64_t bk, REAL* C, int64_t cm)
-{ REAL one = 1, zero = 0; int64_t lda = ak == 1 ? am : ak;
-  blas_SUF("N", ak == 1 ? "N" : "T", &N, &M, &K, &one, B, &bk, A, &lda, &zero, C, &cm); }
+static void large_SUF(int64_t M, int64_t N, int64_t K, const REAL* A, int64_t lda, int turn_a,
+                      const REAL* B, int64_t ldb, int turn_b, REAL* C, int64_t ldc)
+{ REAL one = 1, zero = 0;
+  blas_SUF(turn_b ? "T" : "N", turn_a ? "T" : "N", &N, &M, &K, &one, B, &ldb, A, &lda, &zero, C,
+           &ldc); }
 """
 
 

@@ -49,6 +49,8 @@ def _runs(view: View, dim: int) -> bool:
 
 def _gemm(lowering: Lowering, node: fx.Node, a: View, b: View, target: View | None) -> View:
     """The kernel wants the columns of ``b``, or the rows of ``a``, side by side in memory."""
+    if _is_for_blas(a, b):
+        return _blas(lowering, a, b, target)
     by_column = b.strides[1] == 1 or b.shape[1] == 1
     by_row = a.strides[0] == 1 or a.shape[0] == 1
     if by_column and by_row:  # the side that is a batch of particles stays innermost
@@ -78,13 +80,12 @@ def _copy(lowering: Lowering, view: View, inner: int) -> View:
 
 def _call(a: View, b: View, out: View) -> str:
     (rows, inner), columns = a.shape, b.shape[1]
-    name = "large" if _is_for_blas(a, b, out) else "gemm"
-    return (f"{name}_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, "
-            f"{_pointer(a)}, {a.strides[0]}, {a.strides[1]}, {_pointer(b)}, {b.strides[0]}, {_pointer(out)}, {out.strides[0]});")
+    return (f"gemm_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, {_pointer(a)}, {a.strides[0]}, "
+            f"{a.strides[1]}, {_pointer(b)}, {b.strides[0]}, {_pointer(out)}, {out.strides[0]});")
 
 
-def _is_for_blas(a: View, b: View, out: View) -> bool:
-    """Whether a product is large, and its matrices lie as torch's library wants them."""
+def _is_for_blas(a: View, b: View) -> bool:
+    """Whether a product is large, and its matrices lie as torch's library takes them."""
     (rows, inner), columns = a.shape, b.shape[1]
     if rows * inner * columns < blas.LARGE:
         return False
@@ -92,10 +93,28 @@ def _is_for_blas(a: View, b: View, out: View) -> bool:
         if rows * inner * columns > blas.TOO_LARGE:
             raise Unsupported("a large matrix product, which torch's library does not show")
         return False
-    dense = (a.strides[1] == 1 and a.strides[0] >= inner) or \
-        (a.strides[0] == 1 and a.strides[1] >= rows)
-    return dense and b.strides[1] == out.strides[1] == 1 and \
-        min(b.strides[0], out.strides[0]) >= columns
+    return _leading(a) > 0 and _leading(b) > 0
+
+
+def _leading(view: View) -> int:
+    """Distance of the rows, or of the columns, of a matrix that BLAS can read; else 0."""
+    rows, columns = view.shape
+    if view.strides[1] == 1 and view.strides[0] >= columns:
+        return view.strides[0]
+    return view.strides[1] if view.strides[0] == 1 and view.strides[1] >= rows else 0
+
+
+def _blas(lowering: Lowering, a: View, b: View, target: View | None) -> View:
+    (rows, inner), columns = a.shape, b.shape[1]
+    fits = target is not None and target.strides[1] == 1 and target.strides[0] >= columns
+    out = target if fits else lowering.empty((rows, columns), a.dtype, (columns, 1))
+    assert out is not None
+    turned = [int(view.strides[1] != 1) for view in (a, b)]
+    lowering.schedule.kernel(
+        f"large_{SUFFIXES[a.dtype]}({rows}, {columns}, {inner}, {_pointer(a)}, {_leading(a)}, "
+        f"{turned[0]}, {_pointer(b)}, {_leading(b)}, {turned[1]}, {_pointer(out)}, "
+        f"{out.strides[0]});", [a, b], [out])
+    return out
 
 
 def _pointer(view: View) -> str:
