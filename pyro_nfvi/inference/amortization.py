@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ class _Elements:
     """The ELBO's terms of each element of a guide's local plate."""
 
     def __init__(self, guide: AutoAmortizedFlow, args: tuple, kwargs: dict) -> None:
-        self.guide, self.args, self.kwargs = guide, args, kwargs
+        self.guide, self.args, self.kwargs, self.vectorized = guide, args, kwargs, True
         frames = guide._look_up(args, kwargs).frames
         if is_subsampled(frames[guide.plate]):
             raise ValueError(f"amortization_gap expected a model with all of plate "
@@ -100,19 +100,29 @@ class _Elements:
         self.outside = min(frame.dim for frame in frames.values() if frame.dim is not None) - 1
 
     def elbo(self, features: Tensor, count: int) -> Tensor:
-        """ELBO of each element by these features, the mean of so many draws."""
-        particles = pyro.plate("particles", count, dim=self.outside)
+        """ELBO of each element by these features, the mean of so many draws.
+
+        All draws at once, in a plate of their own, if the model is written for that.
+        """
         self.guide.given_features = features
         try:
-            with poutine.block(), pyro.validation_enabled(False), particles:
-                q = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
-                model = poutine.replay(self.guide.model, trace=q)
-                p = poutine.trace(model).get_trace(*self.args, **self.kwargs)
-                p.compute_log_prob()
-                q.compute_log_prob()
+            if self.vectorized:
+                try:
+                    return self._sum(pyro.plate("particles", count, dim=self.outside)) / count
+                except (RuntimeError, ValueError):
+                    self.vectorized = False
+            return torch.stack([self._sum(nullcontext()) for _ in range(count)]).mean(0)
         finally:
             self.guide.given_features = None
-        return (self._terms(p) - self._terms(q)) / count
+
+    def _sum(self, particles: AbstractContextManager) -> Tensor:
+        with poutine.block(), pyro.validation_enabled(False), particles:
+            q = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            model = poutine.replay(self.guide.model, trace=q)
+            p = poutine.trace(model).get_trace(*self.args, **self.kwargs)
+            p.compute_log_prob()
+            q.compute_log_prob()
+        return self._terms(p) - self._terms(q)
 
     def _terms(self, trace: poutine.Trace) -> Tensor:
         """Log-densities of each element's sites, summed over all draws."""
@@ -122,7 +132,8 @@ class _Elements:
 
     def _by_element(self, log_prob: Tensor) -> Tensor:
         place = log_prob.dim() + self.guide.local.dim
-        return log_prob.movedim(place, 0).flatten(1).sum(1)
+        first = log_prob.movedim(place, 0)
+        return first.reshape(len(first), -1).sum(1)
 
 
 def reoptimize(elbo: Callable[[Tensor, int], Tensor], features: Tensor, *, num_steps: int,

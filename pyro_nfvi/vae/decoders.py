@@ -53,9 +53,8 @@ class Decoder(nn.Module, ABC):
         owner = type(self).__name__
         z = check_tensor(owner, "z", z, self.latent_dim)
         check_dtype(owner, "z", z, next(self.parameters(), None))
-        batch = z.shape[:-1]
-        params = self._forward(z.reshape(batch.numel(), self.latent_dim))
-        return params.reshape(*batch, self.num_params, *self.event_shape)
+        params = self._forward(z.reshape(-1, self.latent_dim))
+        return params.reshape(*z.shape[:-1], self.num_params, *self.event_shape)
 
     @abstractmethod
     def _forward(self, z: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class FlowPosterior(AmortizedPosterior):
 
     .. math:: z = m(c) + s(c) \odot f(u;\, h(c)), \qquad u \sim \mathcal N(0, 1)
 
-    It starts as the standard Gaussian.
+    It starts as a diagonal Gaussian.
 
     Args:
         feature_dim: Number of features of a datum.
@@ -145,7 +145,9 @@ class FlowPosterior(AmortizedPosterior):
         super().__init__(feature_dim, latent_dim)
         check_positive_int("FlowPosterior", "context_dim", context_dim)
         bijection = recipe(latent_dim, context_dim, **options)
-        self.flow = Flow(Amortized(bijection, feature_dim))
+        layer = Amortized(bijection, feature_dim)
+        layer.units.reset_parameters()  # one that starts blind to the data learns later
+        self.flow = Flow(layer)
 
     def _distribution(self, features: Tensor) -> TorchDistributionMixin:
         return conditional(self.flow, features)

@@ -104,8 +104,9 @@ class VampPrior(Prior):
     def __init__(self, latent_dim: int, pseudo_inputs: Tensor) -> None:
         super().__init__(latent_dim)
         if not isinstance(pseudo_inputs, Tensor) or not pseudo_inputs.numel():
+            got = "an empty one" if isinstance(pseudo_inputs, Tensor) else type_name(pseudo_inputs)
             raise ValueError("VampPrior expected `pseudo_inputs` to be a tensor (K, *event_shape), "
-                             f"got {type_name(pseudo_inputs)}. Take some of the data: x[:100].")
+                             f"got {got}. Take some of the data: x[:100].")
         values = pseudo_inputs.detach().clone()
         dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
         self.pseudo_inputs = nn.Parameter(values.to(dtype))

@@ -49,7 +49,7 @@ class TrainingHistory(History):
 
 
 def train(vae: VAE, data: Data, *, num_epochs: int = 100, batch_size: int = 128,
-          lr: float = 1e-3, num_particles: int = 1, beta: float = 1.0, warm_up: int = 0,
+          lr: float = 2e-3, num_particles: int = 1, beta: float = 1.0, warm_up: int = 0,
           free_bits: float = 0.0, validation: Any = None, patience: int | None = None,
           seed: int | None = None, compile: str = "auto", progress: bool = True
           ) -> TrainingHistory:
@@ -204,7 +204,7 @@ def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
     if x is None or len(x) < 2:
         return
     history.active_units = active_units(vae, (x, mask)).tolist()
-    if history.interrupted:
+    if history.interrupted or _failed(history):
         return
     count, total = sum(history.active_units), vae.latent_dim
     if count == 0:
@@ -217,11 +217,15 @@ def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
             "to have more in use train with warm_up=10 or free_bits=0.1")
 
 
+def _failed(history: TrainingHistory) -> bool:
+    return len(history.rollbacks) >= MAX_ROLLBACKS
+
+
 def _warn(history: TrainingHistory) -> None:
     if history.interrupted:
         warnings.warn(f"VAE.fit was interrupted after {len(history.elbo)} steps; the parameters "
                       "are those so far.", stacklevel=4)
-    problems = [history.stopped] if len(history.rollbacks) >= MAX_ROLLBACKS else []
+    problems = [history.stopped] if _failed(history) else []
     for problem in [*problems, *history.concerns]:
         warnings.warn(f"VAE.fit: {problem}.", stacklevel=4)
 

@@ -23,7 +23,7 @@ from pyro_nfvi.vae.files import read_state, write_state
 from pyro_nfvi.vae.likelihoods import Likelihood
 from pyro_nfvi.vae.objective import elbo_terms
 from pyro_nfvi.vae.posteriors import AmortizedPosterior, DiagonalGaussian
-from pyro_nfvi.vae.priors import Prior, StandardGaussian
+from pyro_nfvi.vae.priors import Prior, StandardGaussian, VampPrior
 from pyro_nfvi.vae.training import TrainingHistory, train
 
 MEAN_DRAWS = 64  # of a posterior whose mean has no formula
@@ -87,7 +87,7 @@ class VAE(nn.Module):
         self.decoder = MLPDecoder(latent_dim, shape, likelihood.num_params) if decoder is None \
             else _checked_part("decoder", decoder, nn.Module)
         self.posterior = _built_posterior(posterior, features_of(self.encoder), latent_dim)
-        self.prior = _checked_prior(prior, latent_dim)
+        self.prior = _checked_prior(prior, latent_dim, shape)
         self.name = name
 
     @property
@@ -147,13 +147,17 @@ class VAE(nn.Module):
 
     def params_at(self, z: Tensor) -> Tensor:
         """The decoder's output at latents ``(*batch, latent_dim)``, which it sees as rows."""
-        batch = z.shape[:-1]
-        params = self.decoder(z.reshape(batch.numel(), self.latent_dim))
-        if not isinstance(params, Tensor) or params.shape[:1] != (batch.numel(),):
-            raise ValueError(f"VAE expected its decoder to return parameters of shape "
-                             f"{(batch.numel(), self.likelihood.num_params, *self.event_shape)}, "
-                             f"one row a latent, got {_described(params)}.")
-        return params.reshape(*batch, *params.shape[1:])
+        rows = z.reshape(-1, self.latent_dim)
+        params = self.decoder(rows)
+        expected = (len(rows), self.likelihood.num_params, *self.event_shape)
+        shape = tuple(params.shape) if isinstance(params, Tensor) else ()
+        if self.likelihood.num_params == 1 and shape == (len(rows), *self.event_shape):
+            shape = expected  # the dimension of size 1 may be left away
+        if shape != expected:
+            raise ValueError(f"VAE expected its decoder to return parameters of shape (batch, "
+                             f"num_params, *event_shape), here {expected}, got "
+                             f"{_described(params)}.")
+        return params.reshape(*z.shape[:-1], *expected[1:])
 
     def likelihood_at(self, z: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
         """Distribution of data given latents ``(*batch, latent_dim)``, of what was seen."""
@@ -313,13 +317,17 @@ def _built_posterior(build: Any, feature_dim: int, latent_dim: int) -> Amortized
     return posterior
 
 
-def _checked_prior(prior: Any, latent_dim: int) -> Prior:
+def _checked_prior(prior: Any, latent_dim: int, event_shape: torch.Size) -> Prior:
     if prior is None:
         return StandardGaussian(latent_dim)
     prior = _checked_part("prior", prior, Prior, latent_dim)
     if prior.latent_dim != latent_dim:
         raise ValueError(f"VAE expected `prior` to be of {latent_dim} coordinates, got "
                          f"{prior.latent_dim}. Say: {type_name(prior)}({latent_dim}, ...).")
+    if isinstance(prior, VampPrior) and prior.pseudo_inputs.shape[1:] != event_shape:
+        raise ValueError(f"VAE expected `pseudo_inputs` of its prior to be of shape "
+                         f"({', '.join(map(str, ('K', *event_shape)))}), got "
+                         f"{tuple(prior.pseudo_inputs.shape)}. Take some of the data: x[:100].")
     return prior
 
 

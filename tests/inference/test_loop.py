@@ -383,3 +383,64 @@ def test_the_bar_shows_only_if_asked_to(progress, capsys):
     assert out == ""
     assert ("NFVI flow" in err and "40/40" in err and "ELBO" in err) == progress
     assert bool(err) == progress
+
+
+# ------------------------------------------------------------------ feeds
+
+class Feed:
+    """Numbers 0, 1, 2, ... as tensors, at most three steps at once."""
+
+    most = 3
+
+    def __init__(self, shape=(2,)):
+        self.live, self.shape = [torch.zeros(shape, dtype=DOUBLE)], shape
+        self.supplied, self.counts = 0, []
+
+    def take(self, count):
+        first, self.supplied = self.supplied, self.supplied + count
+        self.counts.append(count)
+        steps = torch.arange(first, self.supplied, dtype=DOUBLE)
+        return [steps.reshape(-1, *[1] * len(self.shape)).expand(count, *self.shape).clone()]
+
+
+def fed_loop(feed, num_steps=20, compile="auto", noise=0.0):
+    x = torch.nn.Parameter(torch.ones(2, dtype=DOUBLE))
+
+    def estimates():
+        z = x + noise * torch.randn(4, 2, dtype=DOUBLE)
+        return (feed.live[0] + 0 * z).sum(-1) - z.square().sum(-1), z
+    return Loop([x], estimates, str, num_steps, 1e-12, progress=False, compile=compile, feed=feed)
+
+
+@pytest.mark.parametrize("compile", ["c", "fx", "eager"])
+def test_every_step_has_a_feed_of_its_own(compile):
+    feed = Feed()
+    history = fed_loop(feed, compile=compile).run()
+    assert history.engines[0].tier == compile
+    assert history.elbo == pytest.approx([2.0 * step - 2 for step in range(20)], abs=1e-9)
+    assert feed.supplied == 20
+
+
+def test_no_more_steps_are_supplied_at_once_than_the_feed_can():
+    feed = Feed()
+    fed_loop(feed, num_steps=50).run()
+    first, *later = feed.counts
+    assert max(later) <= 3
+    assert sum(feed.counts) == 50
+
+
+@pytest.mark.parametrize("compile", ["c", "fx"])
+def test_the_feed_does_not_disturb_the_noise(compile):
+    elbos = []
+    for count in (3, 1):
+        torch.manual_seed(0)
+        fitted = fed_loop(Feed(), compile=compile, noise=0.5)
+        fitted._chunk = lambda stepper, count=count: count
+        elbos.append(fitted.run().elbo)
+    assert elbos[0] == elbos[1]
+
+
+def test_the_checks_of_a_fed_loop_find_no_change_where_there_is_none():
+    history = fed_loop(Feed(), num_steps=200).run()
+    assert history.engines[0].tier == "c"
+    assert history.rollbacks == []
