@@ -134,10 +134,12 @@ def test_active_units_are_those_whose_mean_depends_on_the_data():
 def test_active_units_of_a_flow_are_found_too():
     vae = VAE(Gaussian((3,)), 2, encoder=torch.nn.Linear(3, 3, bias=False),
               posterior=FlowPosterior)
-    x = torch.randn(400, 3)
+    x, units = torch.randn(400, 3), vae.posterior.flow.bijection.units
+    with torch.no_grad():
+        units.weight.zero_()
     assert vae.active_units(x).tolist() == [False, False]
     with torch.no_grad():
-        vae.posterior.flow.bijection.units.weight[1, 0] = 1.0
+        units.weight[1, 0] = 1.0
     assert vae.active_units(x).tolist() == [False, True]
 
 
