@@ -19,7 +19,12 @@ if TYPE_CHECKING:
         AutoRadial,
         AutoSpline,
     )
-    from pyro_nfvi.inference import ELBO, AutoPathfinder, CompiledTrace_ELBO
+    from pyro_nfvi.inference import (
+        ELBO,
+        AutoPathfinder,
+        CompiledTrace_ELBO,
+        CompiledTraceMeanField_ELBO,
+    )
     from pyro_nfvi.nfvi import NFVI
     from pyro_nfvi.posterior import Posterior
 
@@ -36,6 +41,7 @@ __all__ = [
     "AutoPlanar",
     "AutoRadial",
     "AutoSpline",
+    "CompiledTraceMeanField_ELBO",
     "CompiledTrace_ELBO",
     "Posterior",
     "iaf",
@@ -50,7 +56,8 @@ __all__ = [
 
 _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference",
           "AutoPathfinder": "inference",
-          "CompiledTrace_ELBO": "inference"}
+          "CompiledTrace_ELBO": "inference",
+          "CompiledTraceMeanField_ELBO": "inference"}
 
 
 def __getattr__(name: str) -> Any:

@@ -349,6 +349,8 @@ def _pure_twin(op: Any) -> Callable:
         return lambda before, source, *_: source.to(before.dtype).expand(before.shape).clone()
     if op is aten.zero_.default:
         return torch.zeros_like
+    if op is aten.transpose_.default:
+        return aten.transpose.int
     twin = getattr(aten, name[:-1], None)
     if not name.endswith("_") or twin is None or overload not in twin.overloads():
         raise NotRecordable(f"it writes into a tensor by {op}, which has no pure form")

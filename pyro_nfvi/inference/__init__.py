@@ -7,12 +7,12 @@ tell how good the fit is. :class:`CompiledTrace_ELBO` brings the compiled loop t
 
 from pyro_nfvi.inference.amortization import AmortizationGap, amortization_gap
 from pyro_nfvi.inference.auto_pathfinder import AutoPathfinder
-from pyro_nfvi.inference.compiled_elbo import CompiledTrace_ELBO
+from pyro_nfvi.inference.compiled_elbo import CompiledTrace_ELBO, CompiledTraceMeanField_ELBO
 from pyro_nfvi.inference.importance import ImportanceSample, importance_sample
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.loop import History, Loop, Stage
 from pyro_nfvi.inference.objectives import ELBO
 
-__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder", "CompiledTrace_ELBO", "History",
-           "ImportanceSample", "LogJoint", "Loop", "Stage", "amortization_gap",
-           "importance_sample"]
+__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder",
+           "CompiledTraceMeanField_ELBO", "CompiledTrace_ELBO", "History", "ImportanceSample", "LogJoint", "Loop",
+           "Stage", "amortization_gap", "importance_sample"]

@@ -201,8 +201,9 @@ class Loop:
     def _chunk(self, stepper: Stepper) -> int:
         """Number of steps until the next look at the outside."""
         if not stepper.made:
-            return FIRST_CHUNK
-        count = max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
+            count = FIRST_CHUNK
+        else:
+            count = max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
         return count if self.feed is None else min(count, self.feed.most)
 
     def _trust(self, stepper: Stepper) -> tuple[Tensor, int, int]:

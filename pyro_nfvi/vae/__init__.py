@@ -13,14 +13,7 @@ from pyro_nfvi.vae.encoders import (
     RecurrentEncoder,
     SetEncoder,
 )
-from pyro_nfvi.vae.evaluate import (
-    LogLikelihood,
-    active_units,
-    amortization_gap,
-    bits_per_dim,
-    log_likelihood,
-    to_arviz,
-)
+from pyro_nfvi.vae.evaluate import LogLikelihood, bits_per_dim
 from pyro_nfvi.vae.likelihoods import (
     Bernoulli,
     Categorical,
@@ -40,7 +33,7 @@ from pyro_nfvi.vae.posteriors import (
     FullGaussian,
 )
 from pyro_nfvi.vae.priors import FlowPrior, Prior, StandardGaussian, VampPrior
-from pyro_nfvi.vae.training import TrainingHistory, train
+from pyro_nfvi.vae.training import TrainingHistory
 from pyro_nfvi.vae.vae import VAE
 
 __all__ = [
@@ -75,10 +68,5 @@ __all__ = [
     "StandardGaussian",
     "TrainingHistory",
     "VampPrior",
-    "active_units",
-    "amortization_gap",
     "bits_per_dim",
-    "log_likelihood",
-    "to_arviz",
-    "train",
 ]

@@ -68,21 +68,8 @@ def bits_per_dim(nats: float, num_dims: float) -> float:
 
 
 @torch.no_grad()
-def log_likelihood(vae: VAE, data: Data, num_samples: int = 1000) -> LogLikelihood:
-    r"""Importance-weighted estimate of :math:`\log p(x)`, a lower bound on average.
-
-    .. math:: \log \frac1S \sum_{s=1}^S \frac{p(x \mid z_s)\, p(z_s)}{q(z_s \mid x)},
-              \qquad z_s \sim q(z \mid x)
-
-    Args:
-        vae: The VAE.
-        data: Data and mask, checked.
-        num_samples: Draws :math:`S` for each datum.
-
-    References:
-        Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders,
-        arXiv:1509.00519, eq. 8; Rezende, Mohamed & Wierstra (2014), arXiv:1401.4082, appendix E.
-    """
+def log_likelihood(vae: VAE, data: Data, num_samples: int) -> LogLikelihood:
+    """Importance-weighted estimate of log p(x): :meth:`~pyro_nfvi.vae.VAE.log_likelihood`."""
     check_positive_int("VAE.log_likelihood", "num_samples", num_samples, minimum=2)
 
     def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,18 +92,7 @@ def log_likelihood(vae: VAE, data: Data, num_samples: int = 1000) -> LogLikeliho
 
 @torch.no_grad()
 def active_units(vae: VAE, data: Data) -> Tensor:
-    r"""Which latents depend on the data: :math:`\mathrm{Var}_x(\mathbb E_q[z_j]) > 0.01`.
-
-    Args:
-        vae: The VAE.
-        data: Data and mask, checked; at least two of them.
-
-    Returns:
-        Booleans ``(latent_dim,)``.
-
-    References:
-        Burda, Grosse & Salakhutdinov (2016), arXiv:1509.00519, section 5.2.
-    """
+    """Which latents depend on the data: :meth:`~pyro_nfvi.vae.VAE.active_units`."""
     if len(data[0]) < 2:
         raise ValueError("VAE.active_units expected at least two data, got one.")
 
@@ -127,24 +103,9 @@ def active_units(vae: VAE, data: Data) -> Tensor:
     return means.var(0) - variances.mean(0) / MEAN_DRAWS > ACTIVE
 
 
-def amortization_gap(vae: VAE, data: Data, *, num_steps: int = 200, lr: float = 0.02,
-                     num_particles: int = 16, seed: int | None = None) -> AmortizationGap:
-    """How much of the ELBO is lost because one encoder serves all data.
-
-    The features of every datum are optimised for that datum alone, from the encoder's on.
-
-    Args:
-        vae: The VAE.
-        data: Data and mask, checked.
-        num_steps: Steps of the optimisation.
-        lr: Its learning rate.
-        num_particles: Draws of each step.
-        seed: Makes it reproducible, and leaves the global random state as it was.
-
-    References:
-        Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders,
-        arXiv:1801.03558, section 3.
-    """
+def amortization_gap(vae: VAE, data: Data, *, num_steps: int, lr: float, num_particles: int,
+                     seed: int | None) -> AmortizationGap:
+    """What the encoder loses: :meth:`~pyro_nfvi.vae.VAE.amortization_gap`."""
 
     def of_batch(x: Tensor, mask: Tensor | None) -> Tensor:
         def elbo(features: Tensor, count: int) -> Tensor:
@@ -160,20 +121,8 @@ def amortization_gap(vae: VAE, data: Data, *, num_steps: int = 200, lr: float = 
 
 
 @torch.no_grad()
-def to_arviz(vae: VAE, data: Data, *, num_samples: int = 100,
-             coords: Mapping[str, Any] | None = None) -> Any:
-    """Latents, reconstructions and data as InferenceData (ArviZ 0.x) or DataTree (1.x).
-
-    Groups: ``posterior`` (``z``), ``posterior_predictive`` (``x``), ``log_likelihood`` (``x``, of
-    a datum given each draw), ``observed_data`` (``x``). Dimensions: ``data``, ``latent``,
-    ``x_dim_0``, ...
-
-    Args:
-        vae: The VAE.
-        data: Data and mask, checked.
-        num_samples: Draws.
-        coords: Values along dimensions, by name.
-    """
+def to_arviz(vae: VAE, data: Data, *, num_samples: int, coords: Mapping[str, Any] | None) -> Any:
+    """The VAE's view of data, for ArviZ: :meth:`~pyro_nfvi.vae.VAE.to_arviz`."""
     check_positive_int("VAE.to_arviz", "num_samples", num_samples)
     x, mask = data
 

@@ -90,6 +90,9 @@ class VampPrior(Prior):
 
     .. math:: p(z) = \frac1K \sum_{k=1}^K q(z \mid u_k)
 
+    Pseudo-inputs of :class:`~pyro_nfvi.vae.Categorical` data stay where they start, as classes have
+    no gradient.
+
     Args:
         latent_dim: Number of latent coordinates :math:`D`.
         pseudo_inputs: Where the :math:`u_k` start, ``(K, *event_shape)``: some of the data.

@@ -48,48 +48,11 @@ class TrainingHistory(History):
     active_units: list[bool] = field(default_factory=list)
 
 
-def train(vae: VAE, data: Data, *, num_epochs: int = 100, batch_size: int = 128,
-          lr: float = 2e-3, num_particles: int = 1, beta: float = 1.0, warm_up: int = 0,
-          free_bits: float = 0.0, validation: Any = None, patience: int | None = None,
-          seed: int | None = None, compile: str = "auto", progress: bool = True
+def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
+          num_particles: int, beta: float, warm_up: int, free_bits: float, validation: Any,
+          patience: int | None, seed: int | None, compile: str, progress: bool
           ) -> TrainingHistory:
-    r"""Train a VAE by compiled steps of Adam.
-
-    .. math:: \max\ \frac1N \sum_n \mathbb E_{q(z \mid x_n)}[\log p(x_n \mid z)]
-              - \beta\, \mathrm{KL}(q(z \mid x_n) \,\|\, p(z))
-
-    Ctrl-C ends the training with what was learned so far.
-
-    Args:
-        vae: The VAE.
-        data: Data and mask, checked.
-        num_epochs: Number of passes over the data.
-        batch_size: Data of each step; the last batch of an epoch may be smaller.
-        lr: Largest learning rate; it rises for a tenth of the steps, then falls to zero.
-        num_particles: Latents drawn for each datum at each step.
-        beta: Weight of the KL divergence.
-        warm_up: Epochs over which that weight rises from zero.
-        free_bits: Nats of KL divergence for each latent that cost nothing.
-        validation: Data, or data and mask, to look at after each epoch: the parameters of the best
-            epoch are kept.
-        patience: Epochs without a better one until the training ends. Needs ``validation``.
-        seed: Makes the run reproducible, and leaves the global random state as it was. Default:
-            the global random state.
-        compile: How the steps are computed: ``"auto"`` or one of
-            :data:`pyro_nfvi.engine.TIERS`.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        What happened; its ``concerns`` say what to worry about.
-
-    Raises:
-        ValueError: If an option is of another kind.
-
-    References:
-        Higgins et al. (2017), beta-VAE, ICLR; Sønderby et al. (2016), Ladder Variational
-        Autoencoders, arXiv:1602.02282 (warm-up); Kingma et al. (2016), arXiv:1606.04934 (free
-        bits).
-    """
+    """Train a VAE by compiled steps of Adam: :meth:`~pyro_nfvi.vae.VAE.fit` says how."""
     for name, count in (("num_epochs", num_epochs), ("batch_size", batch_size),
                         ("num_particles", num_particles)):
         check_positive_int("VAE.fit", name, count)

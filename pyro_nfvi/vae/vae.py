@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pyro_nfvi._shapes import check_positive_int, check_tensor, type_name
 from pyro_nfvi.guides.param_store import forget_store, free_name, register_parameters
+from pyro_nfvi.inference.amortization import AmortizationGap
 from pyro_nfvi.vae import evaluate
 from pyro_nfvi.vae.data import Data, checked_data, shaped_data
 from pyro_nfvi.vae.decoders import MLPDecoder
 from pyro_nfvi.vae.encoders import MLPEncoder, features_of, takes_mask
-from pyro_nfvi.vae.evaluate import evaluating
+from pyro_nfvi.vae.evaluate import LogLikelihood, evaluating
 from pyro_nfvi.vae.files import read_state, write_state
 from pyro_nfvi.vae.likelihoods import Likelihood
 from pyro_nfvi.vae.objective import elbo_terms
@@ -182,22 +183,52 @@ class VAE(nn.Module):
 
     # ------------------------------------------------------------------ use
 
-    def fit(self, x: Any, mask: Tensor | None = None, **options: Any) -> TrainingHistory:
-        """Train on data, by minibatches; Ctrl-C ends it early with what was learned.
+    def fit(self, x: Any, mask: Tensor | None = None, *, num_epochs: int = 100,
+            batch_size: int = 128, lr: float = 2e-3, num_particles: int = 1, beta: float = 1.0,
+            warm_up: int = 0, free_bits: float = 0.0, validation: Any = None,
+            patience: int | None = None, seed: int | None = None, compile: str = "auto",
+            progress: bool = True) -> TrainingHistory:
+        r"""Train on data, by compiled steps of Adam on minibatches.
+
+        .. math:: \max\ \frac1N \sum_n \mathbb E_{q(z \mid x_n)}[\log p(x_n \mid z)]
+                  - \beta\, \mathrm{KL}(q(z \mid x_n) \,\|\, p(z))
+
+        Ctrl-C ends the training with what was learned so far.
 
         Args:
             x: Data ``(num_data, *event_shape)``.
             mask: What of them was seen. Default: all.
-            **options: Those of :func:`~pyro_nfvi.vae.train`: ``num_epochs``, ``batch_size``,
-                ``lr``, ``validation`` and others.
+            num_epochs: Number of passes over the data.
+            batch_size: Data of each step; the last batch of an epoch may be smaller.
+            lr: Largest learning rate; it rises for a tenth of the steps, then falls to zero.
+            num_particles: Latents drawn for each datum at each step.
+            beta: Weight of the KL divergence.
+            warm_up: Epochs over which that weight rises from zero.
+            free_bits: Nats of KL divergence for each latent that cost nothing.
+            validation: Data, or data and mask, to look at after each epoch: the parameters of the
+                best epoch are kept.
+            patience: Epochs without a better one until the training ends. Needs ``validation``.
+            seed: Makes the run reproducible, and leaves the global random state as it was. Default:
+                the global random state.
+            compile: How the steps are computed: ``"auto"`` or one of
+                :data:`pyro_nfvi.engine.TIERS`.
+            progress: Whether to show a progress bar.
 
         Returns:
-            What happened.
+            What happened; its ``concerns`` say what to worry about.
 
         Raises:
-            ValueError: If data or options are bad.
+            ValueError: If data are bad, or an option is of another kind.
+
+        References:
+            Higgins et al. (2017), beta-VAE, ICLR; Sønderby et al. (2016), Ladder Variational
+            Autoencoders, arXiv:1602.02282 (warm-up); Kingma et al. (2016), arXiv:1606.04934 (free
+            bits).
         """
-        return train(self, self._checked(x, mask), **options)
+        return train(self, self._checked(x, mask), num_epochs=num_epochs, batch_size=batch_size,
+                     lr=lr, num_particles=num_particles, beta=beta, warm_up=warm_up,
+                     free_bits=free_bits, validation=validation, patience=patience, seed=seed,
+                     compile=compile, progress=progress)
 
     def encode(self, x: Any, mask: Tensor | None = None) -> TorchDistributionMixin:
         """Posterior of the latents: a Pyro distribution of batch shape ``(num_data,)``."""
@@ -243,21 +274,77 @@ class VAE(nn.Module):
             return evaluate.by_batches(of_batch, self._checked(x, mask))
 
     def log_likelihood(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 1000
-                       ) -> evaluate.LogLikelihood:
-        """Importance-weighted estimate of log p(x): :func:`~pyro_nfvi.vae.log_likelihood`."""
+                       ) -> LogLikelihood:
+        r"""Importance-weighted estimate of :math:`\log p(x)`, a lower bound on average.
+
+        .. math:: \log \frac1S \sum_{s=1}^S \frac{p(x \mid z_s)\, p(z_s)}{q(z_s \mid x)},
+                  \qquad z_s \sim q(z \mid x)
+
+        Args:
+            x: Data.
+            mask: What of them was seen. Default: all.
+            num_samples: Draws :math:`S` for each datum.
+
+        References:
+            Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders,
+            arXiv:1509.00519, eq. 8; Rezende, Mohamed & Wierstra (2014), arXiv:1401.4082,
+            appendix E.
+        """
         return evaluate.log_likelihood(self, self._checked(x, mask), num_samples)
 
     def active_units(self, x: Any, mask: Tensor | None = None) -> Tensor:
-        """Which latents depend on the data: :func:`~pyro_nfvi.vae.active_units`."""
+        r"""Which latents depend on the data: :math:`\mathrm{Var}_x(\mathbb E_q[z_j]) > 0.01`.
+
+        Args:
+            x: Data; at least two of them.
+            mask: What of them was seen. Default: all.
+
+        Returns:
+            Booleans ``(latent_dim,)``.
+
+        References:
+            Burda, Grosse & Salakhutdinov (2016), arXiv:1509.00519, section 5.2.
+        """
         return evaluate.active_units(self, self._checked(x, mask))
 
-    def amortization_gap(self, x: Any, mask: Tensor | None = None, **options: Any) -> Any:
-        """What the encoder loses: :func:`~pyro_nfvi.vae.amortization_gap`."""
-        return evaluate.amortization_gap(self, self._checked(x, mask), **options)
+    def amortization_gap(self, x: Any, mask: Tensor | None = None, *, num_steps: int = 200,
+                         lr: float = 0.02, num_particles: int = 16, seed: int | None = None
+                         ) -> AmortizationGap:
+        """How much of the ELBO is lost because one encoder serves all data.
 
-    def to_arviz(self, x: Any, mask: Tensor | None = None, **options: Any) -> Any:
-        """Latents, reconstructions and data for ArviZ: :func:`~pyro_nfvi.vae.to_arviz`."""
-        return evaluate.to_arviz(self, self._checked(x, mask), **options)
+        The features of every datum are optimised for that datum alone, from the encoder's on.
+
+        Args:
+            x: Data.
+            mask: What of them was seen. Default: all.
+            num_steps: Steps of the optimisation.
+            lr: Its learning rate.
+            num_particles: Draws of each step.
+            seed: Makes it reproducible, and leaves the global random state as it was.
+
+        References:
+            Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders,
+            arXiv:1801.03558, section 3.
+        """
+        return evaluate.amortization_gap(self, self._checked(x, mask), num_steps=num_steps, lr=lr,
+                                         num_particles=num_particles, seed=seed)
+
+    def to_arviz(self, x: Any, mask: Tensor | None = None, *, num_samples: int = 100,
+                 coords: Mapping[str, Any] | None = None) -> Any:
+        """Latents, reconstructions and data as InferenceData (ArviZ 0.x) or DataTree (1.x).
+
+        Groups: ``posterior`` (``z``), ``posterior_predictive`` (``x``), ``log_likelihood``
+        (``x``, of a datum given each draw), ``observed_data`` (``x``). Dimensions: ``data``,
+        ``latent``, ``x_dim_0``, ...
+
+        Args:
+            x: Data.
+            mask: What of them was seen. Default: all.
+            num_samples: Draws.
+            coords: Values along dimensions, by name.
+        """
+        return evaluate.to_arviz(self, self._checked(x, mask), num_samples=num_samples,
+                                 coords=coords)
 
     # ------------------------------------------------------------------ files and copies
 

@@ -596,3 +596,11 @@ def test_compiled_code_refuses_tensors_of_another_shape_or_type():
     for other in (torch.randn(3), torch.randn(4).double()):
         with pytest.raises(ValueError, match="other shapes or types"):
             program([other], [])
+
+
+def test_a_transposition_in_place_is_recorded_as_in_a_recurrent_network_with_the_batch_first():
+    network, x = torch.nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    recording = record(lambda: [network(x)[0]], [x])
+    y = torch.randn(2, 5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(recording.graph(y)[0], network(y)[0])
