@@ -13,6 +13,6 @@ from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.loop import History, Loop, Stage
 from pyro_nfvi.inference.objectives import ELBO
 
-__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder",
-           "CompiledTraceMeanField_ELBO", "CompiledTrace_ELBO", "History", "ImportanceSample", "LogJoint", "Loop",
-           "Stage", "amortization_gap", "importance_sample"]
+__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder", "CompiledTraceMeanField_ELBO",
+           "CompiledTrace_ELBO", "History", "ImportanceSample", "LogJoint", "Loop", "Stage",
+           "amortization_gap", "importance_sample"]

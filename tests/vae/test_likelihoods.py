@@ -17,13 +17,15 @@ from scipy import stats
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_nfvi.vae.distributions import (
+    ContinuousBernoulliDistribution,
+    DiscretizedLogisticDistribution,
+)
 from pyro_nfvi.vae.likelihoods import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
-    ContinuousBernoulliDistribution,
     DiscretizedLogistic,
-    DiscretizedLogisticDistribution,
     Gaussian,
     HeteroscedasticGaussian,
     LearnedGaussian,
@@ -523,11 +525,11 @@ def test_parameters_of_another_shape_name_the_way_out(shape: tuple) -> None:
 
 
 @pytest.mark.parametrize(("build", "message"), [
-    (lambda: Bernoulli(5), "Bernoulli expected `event_shape` to be a tuple of positive integers "
-                           "such as (28, 28), got 5."),
-    (lambda: Gaussian("5"), "Gaussian expected `event_shape` to be a tuple"),
-    (lambda: Poisson((5, 0)), "Poisson expected `event_shape` to be a tuple"),
-    (lambda: Poisson((True,)), "such as (28, 28), got (True,)."),
+    (lambda: Bernoulli(5), "Bernoulli expected `event_shape` to be a sequence of integers, got "
+                           "5. For one: event_shape=(64,)."),
+    (lambda: Gaussian("5"), "Gaussian expected `event_shape` to be a sequence"),
+    (lambda: Poisson((5, 0)), "Poisson expected `event_shape` to be an integer >= 1, got 0."),
+    (lambda: Poisson((True,)), "an integer >= 1, got True."),
     (lambda: Gaussian((5,), 0.0), "Gaussian expected `scale` to be a positive number, got 0.0."),
     (lambda: Gaussian((5,), "a"), "Gaussian expected `scale` to be a positive number, got 'a'."),
     (lambda: LearnedGaussian((5,), -1), "LearnedGaussian expected `scale` to be a positive "
