@@ -83,7 +83,7 @@ class Compiled:
         self.num_calls, self.num_trained = num_calls, num_trained
         self.recording, self.reason = (None, "") if tier == "eager" \
             else try_record(function, inputs)
-        self.trusted = False
+        self.trusted, self.worth = False, math.inf  # seconds that compilation may take
         self.tier: str = "eager"
         self.program: Program = self.python
         if self.recording is not None:
@@ -127,6 +127,8 @@ class Compiled:
 
     def _choose(self, tier: str, recording: Recording) -> None:
         """Take the first candidate that builds and agrees with Python."""
+        if tier == "auto":
+            self.worth = self.num_calls * _seconds(self.python, *self._example())
         for name in self._candidates(tier):
             try:
                 self.tier, self.program = name, self._build(name, recording)
@@ -134,6 +136,8 @@ class Compiled:
                 differs = bool(problem)
             except Exception as error:  # whatever fails, a fit goes on with the next tier
                 problem, differs = str(error).split("\n")[0] or type(error).__name__, False
+            if not problem and tier == "auto" and name == "fx" and self._is_slower():
+                problem, differs = "operation by operation is slower than the model itself", False
             if not problem:
                 self.trusted = True
                 return
@@ -152,6 +156,11 @@ class Compiled:
             yield "inductor"
         if tier != "fx":
             yield "fx"
+
+    def _is_slower(self) -> bool:
+        """Whether the program takes longer than Python: a network of many small steps may."""
+        inputs, draws = self._example()
+        return _seconds(self.program, inputs, draws) > _seconds(self.python, inputs, draws)
 
     def _is_long(self) -> bool:
         """Whether the calls take so long without a compiler that a minute of building pays."""
@@ -180,7 +189,7 @@ class Compiled:
             return InductorProgram(recording)
         if tier == "cuda_graph":
             return CudaGraphProgram(recording, *self._example(), self.num_trained)
-        return CProgram(recording, *self._example(), self.num_trained)
+        return CProgram(recording, *self._example(), self.num_trained, self.worth)
 
 
 def check_tier(owner: str, compile: Any) -> str:
@@ -212,6 +221,15 @@ def try_record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor
                 reason = str(error)
                 break
     return None, f"it cannot be recorded: {reason}".split("\n")[0]
+
+
+def _seconds(program: Callable, inputs: list[Tensor], draws: list[Tensor]) -> float:
+    start = time.perf_counter()
+    try:
+        program(inputs, draws)
+    except torch.linalg.LinAlgError:  # it takes as long where a matrix has no factor
+        pass
+    return time.perf_counter() - start
 
 
 def _drifts(first: Tensor, again: Tensor) -> bool:

@@ -54,8 +54,9 @@ class AutoAmortizedFlow(AutoGuide):
     a minibatch, and data the guide has not seen, of any length, need no new fit.
 
     Plates follow the model as it is called: the last, smaller minibatch and new data at
-    prediction time are fine. Dimensions of full plates nested with the local one belong to the
-    element's vector.
+    prediction time are fine. If the encoder reads the outcome too, predict from
+    :meth:`sample_posterior`: ``Predictive(model, guide.sample_posterior(100, x, y))(x)``.
+    Dimensions of full plates nested with the local one belong to the element's vector.
 
     Args:
         model: A Pyro model whose latents are continuous.

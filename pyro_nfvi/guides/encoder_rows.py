@@ -12,6 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_nfvi._shapes import type_name
+from pyro_nfvi.engine import NotRecordable
 from pyro_nfvi.guides.plate_sizes import full_size
 
 
@@ -51,6 +52,9 @@ class EncoderRows:
             "It is called with whatever the model is, also when predicting (y=None): let it read "
             "only what is always there.", self.inputs, *args, **kwargs)
         rows = found if isinstance(found, (tuple, list)) else (found,)
+        if self.inputs is None:  # one number an element is a row of one
+            rows = [row.unsqueeze(-1) if isinstance(row, Tensor) and row.dim() == 1
+                    and row.is_floating_point() else row for row in rows]
         if not rows or not all(isinstance(row, Tensor) and row.dim() for row in rows) or \
                 len({row.shape[0] for row in rows}) > 1:
             raise ValueError(f"{self.owner} expected {self.source} to be a tensor, or a tuple of "
@@ -72,11 +76,11 @@ def attempt(what: str, way_out: str, function: Callable, *args: Any, **kwargs: A
     """
     try:
         return function(*args, **kwargs)
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, torch.linalg.LinAlgError, NotRecordable):
         raise
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
-        raise ValueError(f"{what}: {type_name(error)}: {reason}. {way_out}") from error
+        raise ValueError(f"{what}: {type_name(error)}: {reason}. {way_out.rstrip('.')}.") from error
 
 
 def _find(owner: str, model: Callable, frame: Any, args: tuple, kwargs: dict

@@ -16,7 +16,7 @@ from pyro.infer.util import is_identically_zero
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from pyro.util import warn_if_nan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -186,12 +186,20 @@ class _Call:
         Integers may be indices, which generated code does not check.
         """
         store = pyro.get_param_store()
-        known = all(name in store and _kind(store[name].unconstrained()) == _kind(value)
+        known = all(name in store and _is_alike(store[name].unconstrained(), value)
                     for name, value in self.parameters.items())
-        return known and all(low >= lowest and high <= highest for (low, high), (lowest, highest)
-                             in zip(_ranges(leaves), self.ranges, strict=True))
+        within = all(low >= lowest and high <= highest for (low, high), (lowest, highest)
+                     in zip(_ranges(leaves), self.ranges, strict=True))
+        return known and within and self.modes == self._modes()
+
+    def _modes(self) -> list[bool]:
+        """Training mode of every module that model and guide belong to."""
+        owners = [getattr(part, "__self__", part) for part in (self.model, self.guide)]
+        return [module.training for owner in owners if isinstance(owner, nn.Module)
+                for module in owner.modules()]
 
     def _compile(self) -> None:
+        self.modes = self._modes()
         self.ranges = _ranges(self.leaves)
         if not self.fits(self.leaves):
             self.reason = "the parameters are not in the param store (module_local_params)"
@@ -220,11 +228,20 @@ class _Call:
             return
         self.next_check *= 3
         self.compiled.python.live = inputs
-        if problem := self.compiled.agrees():
+        if problem := self._difference():
             warnings.warn(f"the model changed since it was compiled ({problem}); it runs as it is "
                           "from now on.", stacklevel=5)
             self.compiled.give_up(problem)
             self.runs, self.reason = False, problem
+
+    def _difference(self) -> str:
+        """How model and guide differ from what was recorded; an empty string if they do not."""
+        try:
+            if self._find_parameters().keys() != self.parameters.keys():
+                return "other parameters are to be learned"
+            return self.compiled.agrees()
+        except RuntimeError as error:  # it draws other numbers, say
+            return str(error).split("\n")[0]
 
     def _noise(self) -> list[Tensor]:
         """Random numbers of one step."""
@@ -322,6 +339,10 @@ def _divergence(q: dict[str, Any], p: dict[str, Any] | None) -> Tensor | float:
     if not is_identically_zero(entropy):
         entropy = entropy.sum()
     return entropy if p is None else entropy - p["log_prob_sum"]
+
+
+def _is_alike(parameter: Tensor, recorded: Tensor) -> bool:
+    return parameter.requires_grad and _kind(parameter) == _kind(recorded)
 
 
 def _kind(leaf: Any) -> Any:

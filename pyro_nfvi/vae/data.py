@@ -28,8 +28,10 @@ def shaped_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data
     shape = tuple(likelihood.event_shape)
     wanted = f"(num_data, {', '.join(map(str, shape))})" if shape else "(num_data,)"
     if not isinstance(x, Tensor):
+        way_out = "New data come from vae.generate(100)." if x is None else \
+            "Convert it: torch.as_tensor(x)."
         raise ValueError(f"VAE expected `x` to be a tensor of shape {wanted}, got {type_name(x)}. "
-                         f"Convert it: torch.as_tensor(x).")
+                         f"{way_out}")
     if x.dim() != 1 + len(shape) or tuple(x.shape[1:]) != shape:
         sizes = ", ".join(map(str, (-1, *shape)))
         fits = shape and x.numel() and not x.numel() % likelihood.event_shape.numel()
@@ -38,6 +40,9 @@ def shaped_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data
     x = x.to(like)
     if mask is None:
         return x, None
+    if isinstance(mask, Tensor) and 0 < mask.dim() < x.dim() \
+            and mask.shape == x.shape[:mask.dim()]:  # of whole steps of a sequence, say
+        mask = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim())).expand(x.shape)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type_name(mask)
         raise ValueError(f"VAE expected `mask` to be a boolean tensor of shape {tuple(x.shape)}, "

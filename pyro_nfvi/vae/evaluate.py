@@ -36,11 +36,13 @@ class LogLikelihood:
         values: Of each datum.
         standard_errors: Of those, by the delta method.
         num_dims: Numbers in a datum, of those that were seen.
+        discrete: Whether these are probabilities, so that bits are what it takes to store them.
     """
 
     values: Tensor
     standard_errors: Tensor
     num_dims: float
+    discrete: bool = True
 
     @property
     def mean(self) -> float:
@@ -58,8 +60,9 @@ class LogLikelihood:
         return bits_per_dim(self.mean, self.num_dims)
 
     def __repr__(self) -> str:
+        bits = f"{self.bits_per_dim:.4f} bits a dimension, " if self.discrete else ""
         return (f"LogLikelihood({self.mean:.3f} +- {self.standard_error:.3f} nats a datum, "
-                f"{self.bits_per_dim:.4f} bits a dimension, {len(self.values)} data)")
+                f"{bits}{len(self.values)} data)")
 
 
 def bits_per_dim(nats: float, num_dims: float) -> float:
@@ -87,7 +90,7 @@ def log_likelihood(vae: VAE, data: Data, num_samples: int) -> LogLikelihood:
     with pyro.validation_enabled(False), evaluating(vae):
         both = by_batches(of_batch, data)
     num_seen = vae.event_shape.numel() if data[1] is None else int(data[1].sum()) / len(both)
-    return LogLikelihood(both[:, 0], both[:, 1], num_seen)
+    return LogLikelihood(both[:, 0], both[:, 1], num_seen, vae.likelihood.discrete)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ class Likelihood(nn.Module, ABC):
 
     num_params: int = 1
     discrete: bool  # log-probabilities are of probabilities, not of a density
+    unbounded = False  # whether data may be of any size
     _expected = "finite data"
     _way_out = ""
 
@@ -206,6 +207,7 @@ class Gaussian(Likelihood):
     """
 
     discrete = False
+    unbounded = True
 
     def __init__(self, event_shape: Sequence[int], scale: float = 1.0) -> None:
         super().__init__(event_shape)
@@ -250,6 +252,7 @@ class LearnedGaussian(Likelihood):
     """
 
     discrete = False
+    unbounded = True
 
     def __init__(self, event_shape: Sequence[int], scale: float = 1.0, *,
                  per_dimension: bool = False) -> None:
@@ -302,6 +305,7 @@ class HeteroscedasticGaussian(Likelihood):
 
     num_params = 2
     discrete = False
+    unbounded = True
 
     def __init__(self, event_shape: Sequence[int], *, min_scale: float = 1e-3) -> None:
         super().__init__(event_shape)

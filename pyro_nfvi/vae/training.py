@@ -27,10 +27,12 @@ from pyro_nfvi.vae.objective import elbo_terms, penalty
 if TYPE_CHECKING:
     from pyro_nfvi.vae.vae import VAE
 
+MOST_SPREAD = 100  # between the scales of two columns that one learning rate can serve
+MANY_ROLLBACKS, FEW_EPOCHS = 3, 5  # from which a training may be judged
 NUM_LOOKED_AT = 2000  # data, to see which latents are in use
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingHistory(History):
     """What happened during the training of a VAE.
 
@@ -46,6 +48,15 @@ class TrainingHistory(History):
     validation: list[float] = field(default_factory=list)
     best_epoch: int = 0
     active_units: list[bool] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.elbo)} steps", f"{len(self.epochs)} epochs"]
+        parts += [f"objective {self.epochs[-1]:.3f}"] if self.epochs else []
+        parts += [f"validation ELBO {max(self.validation):.3f} in epoch {self.best_epoch}"] \
+            if self.validation else []
+        parts += [f"{sum(self.active_units)} of {len(self.active_units)} latents active"] \
+            if self.active_units else []
+        return f"TrainingHistory({', '.join([*parts, *self.concerns])})"
 
 
 def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
@@ -64,6 +75,9 @@ def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
     if not any(p.requires_grad for p in vae.parameters()):
         raise ValueError("VAE.fit expected parameters to train, got only frozen ones. Thaw some: "
                          "vae.requires_grad_().")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("VAE.fit needs gradients, which torch.inference_mode() forbids. Call it "
+                         "outside.")
     held_out = _checked_validation(vae, validation, patience)
     check_tier("VAE.fit", compile)
     num_batches = math.ceil(len(data[0]) / batch_size)
@@ -71,7 +85,7 @@ def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
     def weight(step: int) -> float:
         return beta * min(1.0, (step + 1) / (warm_up * num_batches)) if warm_up else beta
     with forked_rng(seed) if seed is not None else nullcontext():
-        with evaluating(vae):  # which puts the modules back into their modes
+        with evaluating(vae), torch.enable_grad():  # modes are put back at the end
             vae.train()
             history = _Epochs(vae, Minibatches(data, batch_size, weight), num_particles, free_bits,
                               held_out, patience, num_epochs=num_epochs, lr=lr, compile=compile,
@@ -162,22 +176,44 @@ class _Epochs(Loop):
 
 
 def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
-    """Say so if latents are not used."""
+    """Say so if the training broke down, or latents are not used."""
     x, mask = (None if part is None else part[:NUM_LOOKED_AT] for part in data)
     if x is None or len(x) < 2:
         return
     history.active_units = active_units(vae, (x, mask)).tolist()
     if history.interrupted or _failed(history):
         return
+    history.concerns += _breakdown(vae, *data, history)
+    if history.concerns:
+        return
     count, total = sum(history.active_units), vae.latent_dim
     if count == 0:
         history.concerns.append(
             "posterior collapse: no latent depends on the data, which the decoder models without "
-            "them. Train with warm_up=10 or free_bits=0.1, or with a weaker decoder")
+            "them. Train longer, with warm_up=10 or free_bits=0.1, with a smaller lr, or with a "
+            "weaker decoder")
     elif count < total / 4:
         history.concerns.append(
             f"only {count} of {total} latents depend on the data. A smaller latent_dim would do; "
             "to have more in use train with warm_up=10 or free_bits=0.1")
+
+
+def _breakdown(vae: VAE, x: Tensor, mask: Tensor | None, history: TrainingHistory) -> list[str]:
+    """What speaks for a training that did not work."""
+    found, epochs = [], history.epochs
+    if len(epochs) >= FEW_EPOCHS and epochs[-1] < epochs[0] - 1 - 0.1 * abs(epochs[0]):
+        found.append(f"the objective ended lower ({epochs[-1]:.4g} nats a datum) than in the first "
+                     f"epoch ({epochs[0]:.4g}). Take a smaller lr")
+    elif len(history.rollbacks) >= MANY_ROLLBACKS:
+        found.append(f"{len(history.rollbacks)} steps were not finite and were taken back. Take a "
+                     "smaller lr")
+    if vae.likelihood.unbounded and mask is None and x.dim() == 2:
+        spread = x.std(0)
+        low, high = spread[spread > 0].min().item(), spread.max().item()
+        if high > MOST_SPREAD * low:
+            found.append(f"standard deviations of the columns are {low:.2g} to {high:.2g}. "
+                         "Standardize them: x = (x - x.mean(0)) / x.std(0)")
+    return found
 
 
 def _failed(history: TrainingHistory) -> bool:

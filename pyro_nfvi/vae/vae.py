@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
@@ -13,6 +14,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_nfvi._shapes import check_positive_int, check_tensor, type_name
+from pyro_nfvi.guides.encoder_rows import attempt
 from pyro_nfvi.guides.param_store import forget_store, free_name, register_parameters
 from pyro_nfvi.inference.amortization import AmortizationGap
 from pyro_nfvi.vae import evaluate
@@ -90,6 +92,7 @@ class VAE(nn.Module):
         self.posterior = _built_posterior(posterior, features_of(self.encoder), latent_dim)
         self.prior = _checked_prior(prior, latent_dim, shape)
         self.name = name
+        _warn_of_squashing(likelihood, self.decoder)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -101,10 +104,14 @@ class VAE(nn.Module):
     def model(self, x: Any, mask: Tensor | None = None, beta: float | Tensor = 1.0) -> Tensor:
         """Pyro model of the data.
 
+        For replicates of the data: ``Predictive(poutine.uncondition(vae.model), guide=vae.guide,
+        num_samples=100)(x)["x"]``.
+
         Args:
             x: Data.
             mask: What of them was seen. Default: all.
-            beta: Weight of the latents' terms in the ELBO.
+            beta: Weight of the latents' terms in the ELBO, above zero; one that changes from step
+                to step should be a tensor, which a compiled ELBO takes as data.
         """
         x, mask = self._registered(x, mask)
         with pyro.plate("data", len(x)):
@@ -138,18 +145,24 @@ class VAE(nn.Module):
         if mask is not None:
             inputs = inputs.where(mask, inputs.new_zeros(()))
         seen = {"mask": mask} if takes_mask(self.encoder) else {}
-        features: Tensor = self.encoder(inputs, **seen)
+        features: Tensor = attempt(
+            f"VAE: its encoder failed on data of shape {tuple(inputs.shape)}",
+            "It gets (batch, *event_shape): start one of nn.Linear with nn.Flatten()",
+            self.encoder, inputs, **seen)
         expected = (len(x), self.posterior.feature_dim)
         if not isinstance(features, Tensor) or features.shape != expected:
+            way_out = "If their number is another, set it before: encoder.output_dim = 64." \
+                if isinstance(features, Tensor) else \
+                "Location and scale are the posterior's to make: return what they are made of."
             raise ValueError(f"VAE expected its encoder to return features of shape {expected}, "
-                             f"one row a datum, got {_described(features)}. If their number is "
-                             f"another, set it before: encoder.output_dim = 64.")
+                             f"one row a datum, got {_described(features)}. {way_out}")
         return features
 
     def params_at(self, z: Tensor) -> Tensor:
         """The decoder's output at latents ``(*batch, latent_dim)``, which it sees as rows."""
         rows = z.reshape(-1, self.latent_dim)
-        params = self.decoder(rows)
+        params = attempt(f"VAE: its decoder failed on latents of shape {tuple(rows.shape)}",
+                         "It gets (batch, latent_dim)", self.decoder, rows)
         expected = (len(rows), self.likelihood.num_params, *self.event_shape)
         shape = tuple(params.shape) if isinstance(params, Tensor) else ()
         if self.likelihood.num_params == 1 and shape == (len(rows), *self.event_shape):
@@ -157,7 +170,8 @@ class VAE(nn.Module):
         if shape != expected:
             raise ValueError(f"VAE expected its decoder to return parameters of shape (batch, "
                              f"num_params, *event_shape), here {expected}, got "
-                             f"{_described(params)}.")
+                             f"{_described(params)}. A last layer nn.Unflatten(1, "
+                             f"{expected[1:]}) gives rows their shape.")
         return params.reshape(*z.shape[:-1], *expected[1:])
 
     def likelihood_at(self, z: Tensor, mask: Tensor | None = None) -> TorchDistributionMixin:
@@ -208,8 +222,9 @@ class VAE(nn.Module):
             validation: Data, or data and mask, to look at after each epoch: the parameters of the
                 best epoch are kept.
             patience: Epochs without a better one until the training ends. Needs ``validation``.
-            seed: Makes the run reproducible, and leaves the global random state as it was. Default:
-                the global random state.
+            seed: Makes the run reproducible (for one ``compile``, as tiers order their noise
+                differently), and leaves the global random state as it was. Default: the global
+                random state.
             compile: How the steps are computed: ``"auto"`` or one of
                 :data:`pyro_nfvi.engine.TIERS`.
             progress: Whether to show a progress bar.
@@ -232,11 +247,13 @@ class VAE(nn.Module):
 
     def encode(self, x: Any, mask: Tensor | None = None) -> TorchDistributionMixin:
         """Posterior of the latents: a Pyro distribution of batch shape ``(num_data,)``."""
-        return self.posterior_of(*self._checked(x, mask))
+        with evaluating(self):
+            return self.posterior_of(*self._checked(x, mask))
 
     def decode(self, z: Tensor) -> TorchDistributionMixin:
         """Distribution of data given latents ``(*batch, latent_dim)``."""
-        return self.likelihood_at(check_tensor("VAE", "z", z, self.latent_dim))
+        with evaluating(self):
+            return self.likelihood_at(check_tensor("VAE", "z", z, self.latent_dim))
 
     @torch.no_grad()
     def reconstruct(self, x: Any, mask: Tensor | None = None) -> Tensor:
@@ -402,6 +419,15 @@ def _built_posterior(build: Any, feature_dim: int, latent_dim: int) -> Amortized
         raise ValueError(f"VAE expected `posterior` to build one of feature_dim={feature_dim} and "
                          f"latent_dim={latent_dim}, got {dims[0]} and {dims[1]}. {way_out}")
     return posterior
+
+
+def _warn_of_squashing(likelihood: Likelihood, decoder: nn.Module) -> None:
+    """Say so if a decoder squashes what the likelihood squashes again."""
+    last = [module for module in decoder.modules() if not list(module.children())][-1:]
+    if last and isinstance(last[0], (nn.Sigmoid, nn.Softmax, nn.LogSoftmax, nn.Softplus)):
+        warnings.warn(f"VAE: its decoder ends in {type_name(last[0])}, but {type_name(likelihood)} "
+                      "takes any real number and squashes itself. Leave the last layer out.",
+                      stacklevel=3)
 
 
 def _checked_prior(prior: Any, latent_dim: int, event_shape: torch.Size) -> Prior:

@@ -88,8 +88,8 @@ MISTAKES = {
               "VAE expected `x` to be a tensor of shape (num_data, 2, 3), got ndarray. Convert it: "
               "torch.as_tensor(x)."),
     "none": (lambda: checked(None),
-             "VAE expected `x` to be a tensor of shape (num_data, 2, 3), got NoneType. Convert it: "
-             "torch.as_tensor(x)."),
+             "VAE expected `x` to be a tensor of shape (num_data, 2, 3), got NoneType. New data "
+             "come from vae.generate(100)."),
     "scalar": (lambda: checked(torch.tensor(1.0)),
                "VAE expected `x` of shape (num_data, 2, 3), got ()."),
     "flat": (lambda: checked(torch.ones(5, 6)),

@@ -386,7 +386,7 @@ def test_modes_are_put_back_one_by_one_even_after_an_error():
             def fail(*_, error=error):
                 raise error
             vae.decoder.register_forward_hook(fail)
-            with pytest.raises(RuntimeError, match="broken"):
+            with pytest.raises(ValueError, match="decoder failed .* RuntimeError: broken"):
                 fitted(vae, X)
         assert [m.training for m in (vae, *encoder)] == [True, True, True, False]
         vae.eval()
@@ -474,7 +474,8 @@ def test_after_a_roll_back_every_epoch_still_shows_every_datum(compile, monkeypa
     vae = VAE(Gaussian((1,)), 1, encoder=Linear(1, 4), decoder=Edge(1, 1))
     with torch.no_grad():
         vae.decoder.bias.zero_()
-    history = fitted(vae, x, num_epochs=10, batch_size=4, lr=0.02, compile=compile)
+    with pytest.warns(UserWarning, match="steps were not finite and were taken back. Take a sm"):
+        history = fitted(vae, x, num_epochs=10, batch_size=4, lr=0.02, compile=compile)
     assert history.engines[0].tier == compile
     assert 2 <= len(history.rollbacks) < 10
     assert len(history.epochs) == 10
@@ -596,3 +597,33 @@ def test_a_vae_without_anything_to_train_is_refused():
     with pytest.raises(ValueError, match=r"^VAE.fit expected parameters to train, got only frozen "
                                          r"ones. Thaw some: vae.requires_grad_\(\).$"):
         vae.fit(X)
+
+
+# ------------------------------------------------------------------ breakdowns
+
+def test_an_objective_that_falls_is_a_concern_before_any_collapse():
+    vae, history = small(), training.TrainingHistory(epochs=[-9.0, -8.0, -20.0, -30.0, -31.0])
+    found, = training._breakdown(vae, X, None, history)
+    assert found == ("the objective ended lower (-31 nats a datum) than in the first epoch (-9). "
+                     "Take a smaller lr")
+    history.epochs[-1] = -9.5  # noise
+    assert not training._breakdown(vae, X, None, history)
+
+
+def test_columns_of_very_different_scales_are_named():
+    x = torch.randn(50, 3) * torch.tensor([1.0, 1.0, 1000.0])
+    with pytest.warns(UserWarning, match=r"Standardize them: x = \(x - x.mean\(0\)\) / x.std"):
+        VAE(Gaussian((3,)), 2).fit(x, num_epochs=1, seed=0, progress=False)
+
+
+def test_a_history_is_printed_in_one_line():
+    history = fitted(small(), X, num_epochs=2, validation=X[:5])
+    assert re.fullmatch(r"TrainingHistory\(6 steps, 2 epochs, objective -[\d.]+, validation ELBO "
+                        r"-[\d.]+ in epoch \d, \d of \d latents active.*\)", repr(history))
+
+
+def test_gradients_switched_off_outside_do_not_matter_and_inference_mode_is_refused():
+    with torch.no_grad():
+        fitted(small(), X, num_epochs=1)
+    with torch.inference_mode(), pytest.raises(ValueError, match="VAE.fit needs gradients, which"):
+        small().fit(X)

@@ -593,14 +593,17 @@ MISTAKES = {
                      "encoder.output_dim = 64."),
     "decoder-output": (lambda: VAE(BERNOULLI, 2, decoder=nn.Linear(2, 4)).elbo(X),
                        "VAE expected its decoder to return parameters of shape (batch, "
-                       "num_params, *event_shape), here (6, 1, 5), got (6, 4)."),
+                       "num_params, *event_shape), here (6, 1, 5), got (6, 4). A last "
+                       "layer nn.Unflatten(1, (1, 5)) gives rows their shape."),
     "decoder-params": (lambda: VAE(HeteroscedasticGaussian((5,)), 2,
                                    decoder=nn.Linear(2, 10)).reconstruct(X),
                        "VAE expected its decoder to return parameters of shape (batch, "
-                       "num_params, *event_shape), here (6, 2, 5), got (6, 10)."),
+                       "num_params, *event_shape), here (6, 2, 5), got (6, 10). A last "
+                       "layer nn.Unflatten(1, (2, 5)) gives rows their shape."),
     "decoder-mean": (lambda: VAE(BERNOULLI, 2, decoder=Twice(2, 5)).model(X),
                      "VAE expected its decoder to return parameters of shape (batch, "
-                     "num_params, *event_shape), here (6, 1, 5), got (1, 5)."),
+                     "num_params, *event_shape), here (6, 1, 5), got (1, 5). A last "
+                     "layer nn.Unflatten(1, (1, 5)) gives rows their shape."),
     "z": (lambda: VAE(BERNOULLI, 2).decode(torch.zeros(4, 3)),
           "VAE expected `z` of shape (*batch, 2), got (4, 3)."),
     "generate": (lambda: VAE(BERNOULLI, 2).generate(0),
@@ -626,3 +629,54 @@ def test_a_mistake_is_named_in_one_sentence_with_the_way_out(name):
     mistake, message = MISTAKES[name]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         mistake()
+
+
+# ------------------------------------------------------------------ slips of users
+
+def test_a_decoder_that_squashes_is_warned_of():
+    with pytest.warns(UserWarning, match="its decoder ends in Sigmoid, but Bernoulli takes any"):
+        VAE(BERNOULLI, 2, decoder=nn.Sequential(nn.Linear(2, 5), nn.Sigmoid()))
+
+
+def test_networks_that_fail_say_what_they_get():
+    with pytest.raises(ValueError, match=r"its encoder failed .* start one of nn.Linear with"):
+        VAE(Bernoulli((2, 3)), 2, encoder=nn.Linear(6, 4)).elbo(torch.ones(4, 2, 3))
+    with pytest.raises(ValueError, match=r"its decoder failed on latents of shape \(6, 2\)"):
+        VAE(BERNOULLI, 2, decoder=nn.Linear(3, 5)).elbo(X)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).chunk(2, -1)
+
+
+def test_an_encoder_of_location_and_scale_is_told_whose_they_are():
+    with pytest.raises(ValueError, match="Location and scale are the posterior's to make"):
+        VAE(BERNOULLI, 2, encoder=Pair(5, 4)).elbo(X)
+
+
+def test_replicates_of_the_data_come_from_predictive():
+    vae = VAE(BERNOULLI, 2)
+    model = pyro.poutine.uncondition(vae.model)
+    drawn = pyro.infer.Predictive(model, guide=vae.guide, num_samples=50)(X)["x"]
+    assert drawn.shape == (50, *X.shape)
+    assert 0 < drawn.float().mean() < 1
+    assert drawn.std(0).max() > 0
+
+
+def test_a_mask_of_whole_steps_is_one_of_all_their_entries():
+    vae = VAE(Gaussian((4, 3)), 2)
+    x, steps = torch.randn(6, 4, 3), torch.arange(4) < torch.tensor([[4], [2], [3], [1], [4], [2]])
+    full = steps.unsqueeze(-1).expand(x.shape)
+    torch.testing.assert_close(vae.encode(x, steps).mean, vae.encode(x, full).mean)
+
+
+def test_bits_are_shown_of_discrete_data_only():
+    assert "bits" in repr(VAE(BERNOULLI, 2).log_likelihood(X, num_samples=5))
+    assert "bits" not in repr(VAE(Gaussian((5,)), 2).log_likelihood(X, num_samples=5))
+
+
+def test_encoding_is_done_without_dropout():
+    vae = VAE(BERNOULLI, 2, encoder=nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5)))
+    torch.testing.assert_close(vae.encode(X).mean, vae.encode(X).mean)
+    assert vae.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ from pyro_nfvi.engine.c.source import source
 from pyro_nfvi.engine.record import Recording
 
 Pointers = ctypes.Array
-LONGEST = 700_000  # characters: compilers take some 20 seconds for these
+LONGEST, CHARACTERS_A_SECOND = 700_000, 35_000  # of code, for a compiler
+SHORT = 100_000  # characters that are compiled for however few steps
 
 
 class CProgram:
@@ -31,6 +33,7 @@ class CProgram:
         num_trained: How many of the inputs, from the first, are parameters. If there are any, the
             first output is their ELBO, the others are the gradients of its negative, and
             :meth:`steps` is there.
+        worth: Seconds that compilation may take.
 
     Raises:
         Unsupported: If an operation has no rule, a tensor is not on the CPU, or no compiler
@@ -38,15 +41,15 @@ class CProgram:
     """
 
     def __init__(self, recording: Recording, inputs: Sequence[Tensor], draws: Sequence[Tensor],
-                 num_trained: int = 0) -> None:
+                 num_trained: int = 0, worth: float = math.inf) -> None:
         examples = [_row_major(t) for t in inputs] + list(draws)
         graph = recording.graph
         if any(t.device.type != "cpu" for t in [*examples, *graph.buffers()]):
             raise Unsupported("tensors that are not on the CPU")
         lowering = Lowering(graph, examples)
         text = source(lowering, num_trained)
-        if len(text) > LONGEST:
-            raise Unsupported(f"{len(text) / 1e6:.1f} MB of code, which would take too long to "
+        if len(text) > min(LONGEST, max(SHORT, CHARACTERS_A_SECOND * worth)):
+            raise Unsupported(f"{len(text) / 1e6:.2f} MB of code, which would take too long to "
                               "compile")
         self.library = load(text)
         connect(self.library)
