@@ -408,8 +408,7 @@ def test_parameters_thawed_on_the_way_are_found_at_the_next_check():
     vae.decoder.requires_grad_(True)
     before = [p.clone() for p in vae.decoder.parameters()]
     with pytest.warns(UserWarning, match="other parameters are to be learned"):
-        for _ in range(10):
-            svi.step(x)
+        _ = [svi.step(x) for _ in range(10)]
     assert not any(map(torch.equal, vae.decoder.parameters(), before))
 
 
