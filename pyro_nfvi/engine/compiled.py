@@ -29,6 +29,7 @@ HIDDEN_STATE = ("run again, the model differs from its recording: it depends on 
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
 ATTEMPTS = 5  # to record, if a factorization fails
+NOTICED, SLOWER = 0.01, 1.2  # seconds of a call, and times the model's, that are too slow
 WORTH_INDUCTOR = 60.0  # seconds a fit must take before a minute of compilation pays
 # Largest differences from Python that rounding explains: of the value, and of its gradient.
 TOLERANCES = {torch.float64: (1e-8, 1e-5)}
@@ -128,7 +129,7 @@ class Compiled:
     def _choose(self, tier: str, recording: Recording) -> None:
         """Take the first candidate that builds and agrees with Python."""
         if tier == "auto":
-            self.worth = self.num_calls * _seconds(self.python, *self._example())
+            self.worth = self.num_calls * self._python_seconds()
         for name in self._candidates(tier):
             try:
                 self.tier, self.program = name, self._build(name, recording)
@@ -159,8 +160,13 @@ class Compiled:
 
     def _is_slower(self) -> bool:
         """Whether the program takes longer than Python: a network of many small steps may."""
-        inputs, draws = self._example()
-        return _seconds(self.program, inputs, draws) > _seconds(self.python, inputs, draws)
+        seconds = _seconds(self.program, *self._example())
+        return seconds > max(NOTICED, SLOWER * self._python_seconds())
+
+    def _python_seconds(self) -> float:
+        """Time of one call without a program, on noise of its own: replayed noise takes longer."""
+        with forked_rng():
+            return _seconds(self.python, self.inputs(), None)
 
     def _is_long(self) -> bool:
         """Whether the calls take so long without a compiler that a minute of building pays."""
@@ -223,7 +229,7 @@ def try_record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor
     return None, f"it cannot be recorded: {reason}".split("\n")[0]
 
 
-def _seconds(program: Callable, inputs: list[Tensor], draws: list[Tensor]) -> float:
+def _seconds(program: Callable, inputs: list[Tensor], draws: list[Tensor] | None) -> float:
     start = time.perf_counter()
     try:
         program(inputs, draws)
