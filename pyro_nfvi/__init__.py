@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_nfvi.calibration import Calibration, calibrate
+    from pyro_nfvi.diagnostics.compare import compare
     from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
     from pyro_nfvi.guides import (
         AutoAmortizedFlow,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
         CompiledTraceMeanField_ELBO,
     )
     from pyro_nfvi.nfvi import NFVI
-    from pyro_nfvi.posterior import Posterior
+    from pyro_nfvi.posterior import Posterior, to_arviz
 
 __version__ = "0.1.0"
 
@@ -41,9 +43,12 @@ __all__ = [
     "AutoPlanar",
     "AutoRadial",
     "AutoSpline",
+    "Calibration",
     "CompiledTraceMeanField_ELBO",
     "CompiledTrace_ELBO",
     "Posterior",
+    "calibrate",
+    "compare",
     "iaf",
     "maf",
     "nice",
@@ -52,9 +57,12 @@ __all__ = [
     "radial",
     "realnvp",
     "sylvester",
+    "to_arviz",
 ]
 
-_HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "ELBO": "inference",
+_HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "to_arviz": "posterior",
+          "Calibration": "calibration", "calibrate": "calibration",
+          "compare": "diagnostics", "ELBO": "inference",
           "AutoPathfinder": "inference",
           "CompiledTrace_ELBO": "inference",
           "CompiledTraceMeanField_ELBO": "inference"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 Dims = Mapping[str, list[str]]
 MIN_DRAWS = 25  # fewer have no five draws in their tail, which is a fifth of them
@@ -28,7 +30,7 @@ def _api() -> SimpleNamespace:
 
 def _legacy(arviz: Any) -> SimpleNamespace:
     return SimpleNamespace(
-        psislw=arviz.psislw, summary=arviz.summary,
+        psislw=arviz.psislw, summary=arviz.summary, kde=arviz.kde,
         from_dict=lambda groups, **kwargs: arviz.from_dict(**groups, **kwargs))
 
 
@@ -43,7 +45,7 @@ def _parts() -> SimpleNamespace:
         rank = np.argsort(np.argsort(relative))
         return array_stats.psislw(-(relative + 1e-12 * rank))
     return SimpleNamespace(psislw=psislw, summary=arviz_stats.summary,
-                           from_dict=arviz_base.from_dict)
+                           kde=array_stats.kde, from_dict=arviz_base.from_dict)
 
 
 def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
@@ -55,7 +57,7 @@ def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     unsmoothed = log_ratios - np.logaddexp.reduce(log_ratios)
     if len(log_ratios) < MIN_DRAWS:
         return unsmoothed, float("inf")
-    tail = np.sort(log_ratios)[-int(min(len(log_ratios) / 5, 3 * len(log_ratios) ** 0.5)):]
+    tail = np.sort(log_ratios)[-tail_length(len(log_ratios)):]
     if tail[0] == tail[-1]:
         return unsmoothed, float("-inf")
     with warnings.catch_warnings():
@@ -64,11 +66,32 @@ def psis(log_ratios: np.ndarray) -> tuple[np.ndarray, float]:
     return np.asarray(log_weights), float(pareto_k)
 
 
+def tail_length(count: int) -> int:
+    """How many of so many draws are in the tail that is smoothed."""
+    return math.ceil(min(count / 5, 3 * count ** 0.5))
+
+
+def kde(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grid from the least to the largest of different, finite values, and their density on it."""
+    values = np.asarray(values, np.float64)
+    low, span = values.min(), np.ptp(values)
+    grid, density = _api().kde((values - low) / span)[:2]  # of any scale
+    return low + span * grid, density / span
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A tensor as the array that ArviZ's data hold; what is an array stays one."""
+    array: np.ndarray = (value.detach().cpu().numpy() if torch.is_tensor(value)
+                         else np.asarray(value))
+    return array
+
+
 def inference_data(groups: Mapping[str, Mapping[str, np.ndarray]], dims: Dims,
                    coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
     """InferenceData (0.x) or DataTree (1.x) of arrays ``(chain, draw, *shape)`` by group."""
     data = _api().from_dict(groups, dims=dict(dims), coords=dict(coords))
-    data["posterior"].attrs.update(attrs)
+    for group in {"posterior", "sample_stats"} & set(groups):
+        data[group].attrs.update(attrs)
     return data
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
@@ -15,11 +17,42 @@ from pyro_nfvi._shapes import type_name
 
 def write_file(path: str | PathLike, content: dict[str, Any]) -> None:
     """Write ``content`` to ``path``, by way of a temporary file beside it."""
+    with _whole(path) as file:
+        torch.save(content, file)
+
+
+def write_text(path: str | PathLike, text: str) -> None:
+    """Write ``text`` to ``path`` in UTF-8, by way of a temporary file beside it."""
+    with _whole(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+def check_path(owner: str, path: Any) -> Path:
+    """Return ``path`` if a file can have it: its folder is there, and it is none itself.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not isinstance(path, (str, PathLike)) or not str(path):
+        raise ValueError(f"{owner} expected `path` to be the path of a file, got {path!r}.")
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{owner} expected `path` to be the path of a file, got the folder "
+                         f"{str(path)!r}. Name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{owner} found no folder {str(path.parent)!r} for {path.name!r}. Make it "
+                         "first, or choose another path.")
+    return path
+
+
+@contextmanager
+def _whole(path: str | PathLike) -> Iterator[BinaryIO]:
+    """A file that is there only once all of it is written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with open(temporary, "xb") as file:
-            torch.save(content, file)
+            yield file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,13 +21,12 @@ from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
 from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import auto
-from pyro_nfvi.guides import AutoFlow, LatentLayout
+from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, History, LogJoint
-from pyro_nfvi.inference.log_joint import default_dtype, first_bad, is_data
+from pyro_nfvi.inference.checks import check_data, check_sites
+from pyro_nfvi.inference.log_joint import default_dtype, first_bad
 from pyro_nfvi.inference.stages import Options, Stages
 from pyro_nfvi.posterior import Posterior
-
-NUM_CALLS = 3  # of the model, to see whether it changes
 
 
 class NFVI:
@@ -109,16 +109,25 @@ class NFVI:
                 log joint is not finite at the start.
         """
         random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
+        refit = self._refit(args, kwargs)
         with random_state:
             guide, fresh, log_joint = self._prepared(args, kwargs)
             with default_dtype(log_joint.dtype):
                 stages = Stages(guide, log_joint, self._options())
                 stages.run() if fresh else stages.go_on()
-                posterior = Posterior(guide, log_joint, stages.history, stages.sample)
+                posterior = Posterior(guide, log_joint, stages.history, stages.sample, refit)
                 with suppress(KeyboardInterrupt):  # draws can wait, a fit must not be lost
                     _ = posterior.draws  # while the seed holds
         _warn(stages.history)
         return posterior
+
+    def _refit(self, args: tuple, kwargs: dict) -> Callable[[int], Posterior] | None:
+        """The same fit from another seed, unless the guide has been trained before."""
+        if self.guide is not None and not self.guide.untouched:
+            return None
+        template = copy.copy(self)
+        template.guide, template.progress = copy.deepcopy(self.guide), False
+        return partial(_fit_again, template, args, kwargs)
 
     def _prepared(self, args: tuple, kwargs: dict) -> tuple[AutoFlow, bool, LogJoint]:
         """The guide, whether it is new, and the log joint, in the type of the fit.
@@ -167,8 +176,8 @@ class NFVI:
                    ) -> LogJoint:
         log_joint = LogJoint(self.model, args, kwargs, guide.layout, dtype)
         z = guide._flow().rsample_and_log_prob((2,))[0].detach()
-        _check_sites(log_joint)
-        _check_data(log_joint, z[0])
+        check_sites("NFVI", log_joint)
+        check_data("NFVI", log_joint, z[0])
         log_joint.try_batched(z)
         if not log_joint.batched:
             warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
@@ -184,6 +193,14 @@ class NFVI:
         return tree_map(convert, values)
 
 
+def _fit_again(template: NFVI, args: tuple, kwargs: dict, seed: int) -> Posterior:
+    again = copy.copy(template)
+    again.guide, again.seed = copy.deepcopy(template.guide), seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first fit has said it
+        return again.run(*args, **kwargs)
+
+
 def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> None:
     """Name the site that is not finite where the guide would start, if that is the error."""
     with suppress(Exception), pyro.validation_enabled(False), forked_rng():
@@ -194,61 +211,6 @@ def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> Non
                                f"{name!r}. Start elsewhere: AutoFlow(model, init_loc_fn=..., "
                                "init_scale=...).")
     raise error
-
-
-def _check_sites(log_joint: LogJoint) -> None:
-    """Refuse a model whose latent sites are not the same at each call."""
-    for _ in range(NUM_CALLS):
-        try:
-            with log_joint.surroundings(), forked_rng(), poutine.trace() as trace:
-                log_joint.model(*log_joint.args, **log_joint.kwargs)
-        except (NotImplementedError, ValueError, RuntimeError):  # a prior that has no draws, or
-            return  # one whose draws are too wild for the model
-        _compare_sites(log_joint.layout, trace.trace.nodes)
-
-
-def _compare_sites(layout: LatentLayout, nodes: dict) -> None:
-    shapes = {name: tuple(node["value"].shape) for name, node in nodes.items()
-              if node["type"] == "sample" and not node["is_observed"]
-              and not site_is_subsample(node)}
-    for site in layout:
-        now = shapes.pop(site.name, None)
-        if now != tuple(site.shape):
-            raise ValueError(f"NFVI expected the model to have the same latent sites at each call; "
-                             f"{site.name!r} was of shape {tuple(site.shape)} and now is "
-                             f"{'gone' if now is None else now}. Fix what its shape depends on.")
-    if shapes:
-        raise ValueError(f"NFVI expected the model to have the same latent sites at each call; "
-                         f"{min(shapes)!r} is new. Fix what it depends on.")
-
-
-def _check_data(log_joint: LogJoint, z: Tensor) -> None:
-    with log_joint.surroundings():
-        nodes = log_joint.trace(z).nodes
-    latent = {site.name for site in log_joint.layout}
-    for name, node in nodes.items():
-        if name in latent or not is_data(node):
-            continue
-        if bad := int(node["value"].isnan().sum()):
-            raise ValueError(f"NFVI expected site {name!r} to be observed with numbers, got {bad} "
-                             "NaN. Drop them, or hide them: poutine.mask(mask=~y.isnan()) around "
-                             "the site and y.nan_to_num() as its value.")
-        if bad := _num_outside(node):
-            raise ValueError(f"NFVI expected site {name!r} to be observed within the support of "
-                             f"its distribution, {node['fn'].support}, got {bad} outside. Mend the "
-                             "data, or choose another likelihood.")
-
-
-def _num_outside(node: dict) -> int:
-    """Number of observed values that the site's distribution cannot give."""
-    mask = node["mask"]
-    if not pyro.settings.get("validate_distributions_pyro"):
-        return 0
-    try:
-        outside = ~node["fn"].support.check(node["value"])
-    except NotImplementedError:  # no such check
-        return 0
-    return int((outside if mask is None else outside & mask).sum())
 
 
 def _warn(history: History) -> None:

@@ -13,7 +13,8 @@ from pyro_nfvi import NFVI
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_readme_runs_from_top_to_bottom(monkeypatch, capsys):
+def test_the_readme_runs_from_top_to_bottom(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     defaults = {**NFVI.__init__.__kwdefaults__, "num_steps": 1500}  # time for a test
     monkeypatch.setattr(NFVI.__init__, "__kwdefaults__", defaults)
@@ -26,6 +27,9 @@ def test_the_readme_runs_from_top_to_bottom(monkeypatch, capsys):
     assert "Verdict: good" in capsys.readouterr().out
     assert namespace["idata"]["posterior"]["theta"].dims == ("chain", "draw", "school")
     assert namespace["draws"]["theta"].shape == (100, 8)
+    assert not namespace["mean_field"].summary().trusted
+    assert namespace["calibration"].calibrated
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "mean_field.nc"}
     plt.close("all")
 
 

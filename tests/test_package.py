@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 
 import pyro_nfvi
-from pyro_nfvi import diagnostics, engine, flows, guides, inference, testing, vae
+from pyro_nfvi import (
+    calibration,
+    diagnostics,
+    engine,
+    flows,
+    guides,
+    inference,
+    plots,
+    testing,
+    vae,
+)
 
 ROOT = Path(pyro_nfvi.__file__).parent
 ORDER = ["_shapes", "_random", "_arviz", "_files", "engine", "flows", "guides", "inference",
-         "diagnostics", "storage", "posterior", "nfvi", "vae", "testing"]
-ROOMS = [pyro_nfvi, engine, flows, guides, inference, diagnostics, vae]
+         "diagnostics", "calibration", "plots", "storage", "posterior", "nfvi", "vae", "testing"]
+ROOMS = [pyro_nfvi, engine, flows, guides, inference, diagnostics, calibration, plots, vae]
 README = ROOT.parent / "README.md"
 
 

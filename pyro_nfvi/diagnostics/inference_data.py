@@ -1,8 +1,10 @@
-"""Draws as ArviZ data: named dimensions, statistics of the fit, observed data."""
+"""Draws as ArviZ data: every group, named dimensions, statistics of the fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,76 +13,245 @@ from torch import Tensor
 
 from pyro_nfvi import _arviz
 from pyro_nfvi.guides.layout import plate_names
-from pyro_nfvi.inference import ImportanceSample, LogJoint
+from pyro_nfvi.inference import LogJoint
 from pyro_nfvi.inference.log_joint import is_data, is_deterministic
+from pyro_nfvi.inference.predictive import (
+    PriorError,
+    latent_names,
+    log_likelihood,
+    posterior_predictive,
+    prior_predictive,
+)
+
+GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior",
+          "prior_predictive", "observed_data", "constant_data")
+MAX_PRIOR = 1000  # draws of the prior
+MAX_NUMBERS = 1e8  # in a group of as many numbers as there are draws times observations
+
+Arrays = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def to_inference_data(log_joint: LogJoint, sample: ImportanceSample, chosen: Tensor, *,
-                      coords: Mapping[str, Any] | None = None,
+def to_inference_data(log_joint: LogJoint, z: Tensor, stats: Mapping[str, Tensor], *,
+                      groups: Sequence[str] = GROUPS, coords: Mapping[str, Any] | None = None,
+                      dims: Mapping[str, Sequence[str]] | None = None,
                       attrs: Mapping[str, Any] | None = None) -> Any:
-    """InferenceData (ArviZ 0.x) or DataTree (1.x) of some of the draws.
+    """InferenceData (ArviZ 0.x) or DataTree (1.x) of chains of draws.
 
-    Groups: ``posterior`` (latent and deterministic sites), ``sample_stats`` (``lp``: log joint,
-    ``log_q``: log guide density, ``log_weight``: smoothed and normalized), ``observed_data``.
-    Plates give dimensions their names.
+    Plates give dimensions their names. A group that cannot be had is left out, and the attribute
+    ``left_out`` of the posterior says why: an improper prior has no draws, a minibatch is not
+    the data.
 
     Args:
         log_joint: The model and its data.
-        sample: The draws.
-        chosen: Indices of the draws to take.
-        coords: Values along dimensions, by name of the plate.
-        attrs: Attributes of the posterior group.
+        z: Draws ``(num_chains, num_draws, D)`` of the flat latent.
+        stats: Statistics ``(num_chains, num_draws)`` of the draws.
+        groups: Which of :data:`GROUPS` to make.
+        coords: Values along dimensions, by name.
+        dims: Names of the rightmost dimensions of a site or of an argument of the model.
+        attrs: Attributes of the posterior.
 
     Raises:
-        ValueError: If ``coords`` names no dimension of the model, or is of another length.
+        ValueError: If ``groups``, ``coords`` or ``dims`` do not fit the model.
     """
-    z = sample.z[chosen].to(_device(log_joint))
-    values = {**log_joint.layout.constrain(z)[0], **log_joint.deterministic(z)}
-    nodes = _shown_nodes(log_joint, z[0])
-    observed = {name: _numpy(node["value"]) for name, node in nodes.items()
-                if name not in values}
-    dims = {name: _dims(name, node) for name, node in nodes.items()}
-    _check_coords(coords or {}, nodes, dims)
-    stats = {"lp": sample.log_p, "log_q": sample.log_q, "log_weight": sample.log_weights}
-    groups = {
-        "posterior": {name: _numpy(values[name])[None] for name in nodes if name in values},
-        "sample_stats": {name: _numpy(stat[chosen])[None] for name, stat in stats.items()}}
-    if observed:
-        groups["observed_data"] = observed
-    return _arviz.inference_data(groups, dims, _coords(coords or {}, nodes, dims), attrs or {})
+    _check_groups(groups)
+    converter = _Converter(log_joint, z.to(_device(log_joint)), stats)
+    names = converter.dims(dims or {})
+    made = converter.made(groups)
+    sizes = converter.sizes(made, names)
+    _check_coords(coords or {}, sizes)
+    index = {dim: np.asarray((coords or {}).get(dim, np.arange(size)))
+             for dim, size in sizes.items()}
+    return _arviz.inference_data(made, names, index,
+                                 {**(attrs or {}), **_notes(converter.left_out)})
 
 
-def _shown_nodes(log_joint: LogJoint, z: Tensor) -> dict[str, dict[str, Any]]:
-    """Latent, deterministic and observed sites of the model, in its order."""
-    with log_joint.surroundings():
-        nodes = log_joint.trace(z).nodes
-    latent = {site.name for site in log_joint.layout}
-    return {name: node for name, node in nodes.items() if node["type"] == "sample"
-            and (name in latent or is_deterministic(node) or is_data(node))}
+def _notes(left_out: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """An attribute that says what is not there, and a warning if data are not."""
+    notes = {why: f"{', '.join(groups)}: {why}" for why, groups in left_out.items()}
+    if of_data := [note for why, note in notes.items() if left_out[why] != ["prior"]]:
+        warnings.warn(f"to_arviz leaves out {'; '.join(of_data)}.", stacklevel=4)
+    return {"left_out": "; ".join(notes.values())} if notes else {}
 
 
-def _dims(name: str, node: dict[str, Any]) -> list[str]:
-    """Names of the dimensions of a site's value: its plates, then what ArviZ would call them."""
-    names = plate_names(node)
-    names += (None,) * (node["value"].dim() - len(names))
-    return [plate or f"{name}_dim_{dim}" for dim, plate in enumerate(names)]
+class _Converter:
+    """Makes the groups of one set of draws."""
+
+    def __init__(self, log_joint: LogJoint, z: Tensor, stats: Mapping[str, Tensor]) -> None:
+        self.log_joint, self.stats = log_joint, stats
+        self.shape, self.z = z.shape[:2], z.reshape(-1, z.shape[-1])
+        with log_joint.surroundings():
+            nodes = log_joint.trace(self.z[0]).nodes
+        latent = latent_names(log_joint)
+        self.nodes = {name: node for name, node in nodes.items() if node["type"] == "sample"
+                      and (name in latent or is_deterministic(node) or is_data(node))}
+        self.observed = [name for name, node in self.nodes.items()
+                         if name not in latent and is_data(node)]
+        constants = _constants(log_joint, [nodes[name]["value"] for name in self.observed])
+        self.constants = {name: array for name, array in constants.items()
+                          if name not in self.nodes}
+        self.left_out: dict[str, list[str]] = {}  # groups by why they are
+
+    def made(self, names: Sequence[str]) -> dict[str, Arrays]:
+        """The groups of these names that have something in them."""
+        groups = {name: getattr(self, name)() for name in GROUPS if name in names
+                  and name not in ("prior", "prior_predictive")}
+        if {"prior", "prior_predictive"} & set(names):
+            both = self._both_priors()
+            groups.update({name: both[name] for name in names if name in both})
+        return {name: groups[name] for name in GROUPS if groups.get(name)}
+
+    def dims(self, given: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Names of the dimensions of every site and argument."""
+        shapes = self._shapes()
+        plates = {name: plate_names(node) for name, node in self.nodes.items()}
+        _check_dims(given, shapes)
+        return {name: _named(name, len(shape), plates.get(name, ()), given.get(name, ()),
+                             set(shapes)) for name, shape in shapes.items()}
+
+    def sizes(self, made: Mapping[str, Arrays], dims: Mapping[str, list[str]]) -> dict[str, int]:
+        """Size of every dimension of what is in the groups."""
+        shown = {name for content in made.values() for name in content}
+        return {dim: size for name, shape in self._shapes().items() if name in shown
+                for dim, size in zip(dims[name], shape, strict=True)}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {name: tuple(node["value"].shape) for name, node in self.nodes.items()}
+        return {**shapes, **{name: array.shape for name, array in self.constants.items()}}
+
+    # ------------------------------------------------------------------ groups
+
+    def posterior(self) -> Arrays:
+        """Latent and deterministic sites."""
+        values = {**self.log_joint.layout.constrain(self.z)[0],
+                  **self.log_joint.deterministic(self.z)}
+        return self._chains({name: values[name] for name in self.nodes if name in values})
+
+    def posterior_predictive(self) -> Arrays:
+        """Data simulated at each draw."""
+        there = self._has_data("posterior_predictive", len(self.z))
+        return self._chains(posterior_predictive(self.log_joint, self.z)) if there else {}
+
+    def log_likelihood(self) -> Arrays:
+        """Log-likelihood of each observation, at each draw."""
+        there = self._has_data("log_likelihood", len(self.z))
+        return self._chains(log_likelihood(self.log_joint, self.z)) if there else {}
+
+    def sample_stats(self) -> Arrays:
+        """Statistics of the draws."""
+        return {name: _arviz.as_array(stat) for name, stat in self.stats.items()}
+
+    def observed_data(self) -> Arrays:
+        """What was observed."""
+        return {name: _arviz.as_array(self.nodes[name]["value"]) for name in self.observed}
+
+    def constant_data(self) -> Arrays:
+        """Arguments of the model that it does not observe."""
+        return self.constants
+
+    def _both_priors(self) -> dict[str, Arrays]:
+        """Draws of the prior: of latents, and of data."""
+        number = min(len(self.z), MAX_PRIOR)
+        try:
+            values = prior_predictive(self.log_joint, number)
+        except PriorError as error:
+            self.left_out[f"the prior cannot be drawn from ({error})"] = ["prior"]
+            return {}
+        arrays = {name: _arviz.as_array(value)[None] for name, value in values.items()}
+        data = {name: arrays.pop(name) for name in self.observed if name in arrays}
+        return {"prior": arrays,
+                "prior_predictive": data if self._has_data("prior_predictive", number) else {}}
+
+    def _has_data(self, group: str, num_draws: int) -> bool:
+        """Whether there are data for a group; if not for all of them, that is noted."""
+        why = ""
+        count = num_draws * sum(self.nodes[name]["value"].numel() for name in self.observed)
+        if self.observed and self.log_joint.subsamples(self.z[0]):
+            why = "the model draws minibatches, which are not the data"
+        elif count > MAX_NUMBERS:
+            why = f"they would hold {count:.0e} numbers each; ask for fewer draws (num_samples)"
+        if why:
+            self.left_out.setdefault(why, []).append(group)
+        return bool(self.observed) and not why
+
+    def _chains(self, values: Mapping[str, Tensor]) -> Arrays:
+        return {name: _arviz.as_array(value).reshape(*self.shape, *value.shape[1:])
+                for name, value in values.items()}
 
 
-def _sizes(nodes: Mapping[str, Any], dims: Mapping[str, list[str]]) -> dict[str, int]:
-    return {dim: size for name, node in nodes.items()
-            for dim, size in zip(dims[name], node["value"].shape, strict=True)}
+# ---------------------------------------------------------------------- constants
+
+def _constants(log_joint: LogJoint, observed: Sequence[Tensor]) -> Arrays:
+    """Numbers among the model's arguments, by name, that are not what it observes."""
+    return {name: _arviz.as_array(value)
+            for name, value in _arguments(log_joint).items()
+            if _numeric(value) and not any(_same(value, other) for other in observed)}
 
 
-def _coords(coords: Mapping[str, Any], nodes: Mapping[str, Any], dims: Mapping[str, list[str]]
-            ) -> dict[str, Any]:
-    return {dim: np.asarray(coords[dim]) if dim in coords else np.arange(size)
-            for dim, size in _sizes(nodes, dims).items()}
+def _arguments(log_joint: LogJoint) -> dict[str, Any]:
+    """The model's arguments by name, those of ``*args`` and ``**kwargs`` one by one."""
+    try:
+        signature = inspect.signature(log_joint.model)
+        bound = signature.bind(*log_joint.args, **log_joint.kwargs).arguments
+    except (TypeError, ValueError):  # a callable that hides its arguments
+        return dict(log_joint.kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments.update({f"{name}_{i}": item for i, item in enumerate(value)})
+        else:
+            arguments.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return arguments
 
 
-def _check_coords(coords: Mapping[str, Any], nodes: Mapping[str, Any],
-                  dims: Mapping[str, list[str]]) -> None:
-    sizes = _sizes(nodes, dims)
+def _numeric(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc"
+    return torch.is_tensor(value) or isinstance(value, (bool, int, float))
+
+
+def _same(value: Any, observed: Tensor) -> bool:
+    if not torch.is_tensor(value) and not isinstance(value, np.ndarray):
+        return False
+    array = _arviz.as_array(torch.as_tensor(value))
+    return np.array_equal(array, _arviz.as_array(observed), equal_nan=array.dtype.kind in "fc")
+
+
+# ---------------------------------------------------------------------- dimensions
+
+def _named(name: str, count: int, plates: Sequence[str | None], given: Sequence[str],
+           variables: set[str]) -> list[str]:
+    """Names of one variable's dimensions: its plates, what the user says, what ArviZ would."""
+    names = [plates[dim] if dim < len(plates) else None for dim in range(count)]
+    names[count - len(given):] = given
+    return [_unlike(dim, variables) if dim else f"{name}_dim_{place}"
+            for place, dim in enumerate(names)]
+
+
+def _unlike(dim: str, variables: set[str]) -> str:
+    """A dimension's name; one that a variable has already is no name for both."""
+    return f"{dim}_dim" if dim in variables else dim
+
+
+def _check_groups(groups: Sequence[str]) -> None:
+    unknown = sorted(set(groups) - set(GROUPS))
+    if isinstance(groups, str) or unknown or "posterior" not in groups:
+        raise ValueError(f"to_arviz expected `groups` to be some of {', '.join(GROUPS)}, with "
+                         f"posterior among them, got {groups!r}.")
+
+
+def _check_dims(given: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for name, names in given.items():
+        if name not in shapes:
+            raise ValueError(f"to_arviz expected `dims` to name sites or arguments of the model "
+                             f"({', '.join(sorted(shapes))}), got {name!r}.")
+        if isinstance(names, str) or len(names) > len(shapes[name]):
+            raise ValueError(f"to_arviz expected dims[{name!r}] to be a list of at most "
+                             f"{len(shapes[name])} names, got {names!r}.")
+
+
+def _check_coords(coords: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     for dim, values in coords.items():
         if dim not in sizes:
             raise ValueError(f"to_arviz expected `coords` to name dimensions of the model "
@@ -94,8 +265,3 @@ def _device(log_joint: LogJoint) -> torch.device:
     tensors = [value for value in [*log_joint.args, *log_joint.kwargs.values()]
                if torch.is_tensor(value)]
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _numpy(value: Tensor) -> np.ndarray:
-    array: np.ndarray = value.detach().cpu().numpy()
-    return array

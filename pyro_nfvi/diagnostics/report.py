@@ -1,18 +1,23 @@
-"""Table and verdict: what was found, and whether to trust it."""
+"""Table, verdict and report: what was found, and whether to trust it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from pyro_nfvi import _arviz
+from pyro_nfvi.diagnostics.checks import (
+    GOOD_K,
+    MAX_K,
+    Check,
+    all_but_equal,
+    max_pareto_k,
+    quick_checks,
+)
+from pyro_nfvi.guides import LatentLayout
 from pyro_nfvi.inference import History, ImportanceSample
-
-GOOD_K = 0.5  # below: the draws could do without weights
-MIN_ESS = 0.1  # fraction of the draws below which the weights rest on too few of them
-MIN_ESS_WEIGHTED = 0.3  # the same where k-hat says that the draws need their weights
-EQUAL_ESS = 0.999  # weights this equal change nothing, whatever the shape of their tail
 
 
 @dataclass(frozen=True)
@@ -44,57 +49,99 @@ class Summary:
                 f"ESS {self.ess:,.0f} of {self.num_samples:,} draws\n{self.verdict}")
 
     def _repr_html_(self) -> str:
-        return f"{self.table.to_html()}<pre>{repr(self).split(chr(10) * 2, 1)[1]}</pre>"
+        words = escape(repr(self).split("\n\n", 1)[1])
+        return f"{self.table.to_html()}<pre>{words}</pre>"
 
 
-def summarize(data: Any, sample: ImportanceSample, history: History) -> Summary:
+@dataclass(frozen=True)
+class Report:
+    """What a thorough look at a fit found, line by line. Its ``repr`` is the report.
+
+    Attributes:
+        checks: What was looked at; each that fails says what to do.
+        verdict: One line: whether to trust the posterior, and what to do if not.
+        trusted: Whether no check failed.
+        elbo: ELBO and its standard error.
+        site_pareto_k: k-hat of each latent site alone: which one is badly fitted.
+        max_pareto_k: What k-hat should be below, for so many draws.
+    """
+
+    checks: tuple[Check, ...]
+    verdict: str
+    trusted: bool
+    elbo: tuple[float, float]
+    site_pareto_k: dict[str, float] = field(default_factory=dict)
+    max_pareto_k: float = MAX_K
+
+    def __getitem__(self, name: str) -> Check:
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise KeyError(f"no check {name!r}; there are {', '.join(c.name for c in self.checks)}")
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.failed)
+
+    def __repr__(self) -> str:
+        lines = "\n".join(str(check) for check in self.checks)
+        value, error = self.elbo
+        return f"{lines}\n\nELBO {value:.3f} +- {error:.3f}\n{self.verdict}"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{check.status}</td><th>{escape(check.name)}</th>"
+                       f"<td>{escape(check.words)}</td><td>{escape(check.action)}</td></tr>"
+                       for check in self.checks)
+        return f"<table>{rows}</table><p>{escape(self.verdict)}</p>"
+
+
+def summarize(data: Any, sample: ImportanceSample, history: History,
+              layout: LatentLayout | None = None) -> Summary:
     """Summary of ArviZ data drawn from a fit.
 
     Args:
         data: InferenceData or DataTree.
         sample: Draws and weights of the fit.
         history: What happened during the fit.
+        layout: Whose coordinates are whose.
     """
-    trusted, words = verdict(sample, history)
+    trusted, words = verdict(sample, history, layout)
     return Summary(_arviz.summary(data), words, trusted, sample.pareto_k, sample.ess,
                    sample.num_samples, sample.elbo)
 
 
-def verdict(sample: ImportanceSample, history: History) -> tuple[bool, str]:
-    r"""Whether to trust the draws, and one line that says so.
+def verdict(sample: ImportanceSample, history: History, layout: LatentLayout | None = None,
+            checks: Sequence[Check] | None = None) -> tuple[bool, str]:
+    """Whether to trust the draws, and one line that says so.
 
-    The bar for k-hat is :math:`\min(1 - 1 / \log_{10} S,\ 0.7)` for :math:`S` draws. k-hat has
-    no scale: where the fit is all but exact it is the shape of rounding, and the weights being
-    equal decides.
-
-    References:
-        Vehtari et al. (2024), Pareto Smoothed Importance Sampling, arXiv:1507.02646, section 3.
+    Args:
+        sample: Draws and weights of the fit.
+        history: What happened during the fit.
+        layout: Whose coordinates are whose.
+        checks: What was looked at. Default: what draws, weights and history tell.
     """
-    bar = min(1 - 1 / math.log10(max(sample.num_samples, 11)), 0.7)
     note = _note(history)
-    k, ess = sample.pareto_k, sample.ess
-    if history.concerns:
-        return False, (f"Verdict: do not trust these draws: {'; '.join(history.concerns)}. "
-                       f"{note or _advice()}")
-    if math.isfinite(k) and ess > EQUAL_ESS * sample.num_samples:
-        return True, f"Verdict: good (the weights are all but equal).{_after(note)}"
-    if not k < bar:
-        return False, (f"Verdict: do not trust these draws (k-hat {k:.2f}, should be below "
-                       f"{bar:.2f}): the guide misses part of the posterior. {note or _advice()}")
-    needed = (MIN_ESS if k < GOOD_K else MIN_ESS_WEIGHTED) * sample.num_samples
-    if ess < needed:
-        return False, (f"Verdict: too few effective draws ({ess:,.0f}, should be at least "
-                       f"{needed:,.0f}). {note or _advice()}")
-    if k < GOOD_K:
-        return True, f"Verdict: good (k-hat below {GOOD_K}).{_after(note)}"
-    return True, (f"Verdict: good after weighting (k-hat below {bar:.2f}); "
-                  f"the draws above are weighted.{_after(note)}")
+    checks = quick_checks(sample, history, layout) if checks is None else checks
+    failed = [check for check in checks if check.failed]
+    if failed:
+        first = failed[0]
+        opening = ("too few effective draws" if first.name == "effective draws"
+                   else "do not trust these draws")
+        return False, f"Verdict: {opening}: {first.words}. {sentence(note or first.action)}"
+    if all_but_equal(sample):
+        words = "good (the weights are all but equal)"
+    elif sample.pareto_k < GOOD_K:
+        words = f"good (k-hat below {GOOD_K})"
+    else:
+        words = (f"good after weighting (k-hat below {max_pareto_k(sample.num_samples):.2f}); "
+                 "weighted draws (resample, to_arviz) are the ones to use")
+    return True, f"Verdict: {words}.{' ' * bool(note)}{note}"
 
 
-def _advice() -> str:
-    return ("What helps: a reparametrized model (LocScaleReparam for a hierarchy), a flow of more "
-            "layers (guide), more steps (num_steps), or exact draws through this guide: "
-            "NeuTraReparam(guide) with NUTS.")
+def sentence(words: str) -> str:
+    """Words with a capital and a full stop; nothing if there are none."""
+    return f"{words[:1].upper()}{words[1:].rstrip('.')}." if words else ""
 
 
 def _note(history: History) -> str:
@@ -103,7 +150,3 @@ def _note(history: History) -> str:
     if history.stopped:
         return f"The fit stopped early: {history.stopped}."
     return ""
-
-
-def _after(note: str) -> str:
-    return f" {note}" if note else ""

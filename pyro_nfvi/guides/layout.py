@@ -128,7 +128,11 @@ class LatentLayout:
         Raises:
             ValueError: If a site is missing, of another shape, or outside its support.
         """
-        parts = [self._flat(site, self._value(site, values)) for site in self.sites]
+        return self.unconstrain({site.name: self._value(site, values) for site in self.sites})
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """As :meth:`pack`, of values that are not checked: nan where one is outside."""
+        parts = [self._flat(site, values[site.name]) for site in self.sites]
         sample_shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*sample_shape, -1) for part in parts], -1)
 

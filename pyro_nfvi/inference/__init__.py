@@ -2,17 +2,21 @@
 
 :class:`LogJoint` is the model as one batched function of the flat latent, :class:`ELBO` the
 objective, :class:`Loop` the optimiser, and :func:`importance_sample` the draws and weights that
-tell how good the fit is. :class:`CompiledTrace_ELBO` brings the compiled loop to Pyro's own SVI.
+tell how good the fit is; :func:`metropolis` and :func:`neutra` make chains through a guide that is
+not good enough. :class:`CompiledTrace_ELBO` brings the compiled loop to Pyro's own SVI.
 """
 
 from pyro_nfvi.inference.amortization import AmortizationGap, amortization_gap
 from pyro_nfvi.inference.auto_pathfinder import AutoPathfinder
+from pyro_nfvi.inference.chains import Chains
 from pyro_nfvi.inference.compiled_elbo import CompiledTrace_ELBO, CompiledTraceMeanField_ELBO
 from pyro_nfvi.inference.importance import ImportanceSample, importance_sample
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.loop import History, Loop, Stage
+from pyro_nfvi.inference.metropolis import metropolis
+from pyro_nfvi.inference.neutra import neutra
 from pyro_nfvi.inference.objectives import ELBO
 
-__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder", "CompiledTraceMeanField_ELBO",
+__all__ = ["ELBO", "AmortizationGap", "AutoPathfinder", "Chains", "CompiledTraceMeanField_ELBO",
            "CompiledTrace_ELBO", "History", "ImportanceSample", "LogJoint", "Loop", "Stage",
-           "amortization_gap", "importance_sample"]
+           "amortization_gap", "importance_sample", "metropolis", "neutra"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi.flows import Flow
-from pyro_nfvi.guides import LatentLayout
+from pyro_nfvi.guides import GuideDraws, LatentLayout
 from pyro_nfvi.inference.factors import factor_or_scales
 from pyro_nfvi.inference.hmc import short_chains
 from pyro_nfvi.inference.importance import ImportanceSample
@@ -52,7 +52,7 @@ class Drift:
 
 
 @torch.no_grad()
-def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayout,
+def drift(score: Score, flow: Flow | GuideDraws, sample: ImportanceSample, layout: LatentLayout,
           budget: float) -> Drift:
     r"""Start short chains at draws of a fit, and test whether they stay, in distribution.
 
@@ -79,7 +79,7 @@ def drift(score: Score, flow: Flow, sample: ImportanceSample, layout: LatentLayo
         Yao, Vehtari, Simpson & Gelman (2018), Yes, but Did It Work?, arXiv:1802.02538 (what
         weights can tell); Gorham & Mackey (2015), arXiv:1506.03039 (tests by the score).
     """
-    z = sample.z.to(flow.base.zeros)
+    z = sample.z.to(flow.base.zeros) if isinstance(flow, Flow) else sample.z
     weights = sample.log_weights.exp().to(z)
     num_chains, num_transitions, num_leapfrogs = _affordable(budget / score.work)
     chosen = sample.resample(min(num_chains, max(int(2 * sample.ess), FEWEST_CHAINS)))
@@ -111,8 +111,8 @@ def _limits(sample: ImportanceSample) -> tuple[list[Tensor], list[Tensor]]:
             [_quantile(sample.log_q, weights, rare) for rare in RARE])
 
 
-def _rare(score: Score, flow: Flow, limits: tuple[list[Tensor], list[Tensor]], z: Tensor
-          ) -> Tensor:
+def _rare(score: Score, flow: Flow | GuideDraws, limits: tuple[list[Tensor], list[Tensor]],
+          z: Tensor) -> Tensor:
     """Which points are beyond each limit."""
     log_q = torch.cat([flow.log_prob(part) for part in z.split(CHUNK)]).double().cpu()
     log_w = score.value(z).double().cpu() - log_q

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_nfvi import _arviz
 from pyro_nfvi.flows import Flow
+from pyro_nfvi.guides import GuideDraws
 
 CHUNK = 2000  # draws scored at a time
 NUM_SAMPLES = 10_000  # draws behind a gate, k-hat, weights and summaries
@@ -79,9 +80,9 @@ class ImportanceSample:
 
 
 @torch.no_grad()
-def importance_sample(flow: Flow, log_joint: Callable[[Tensor], Tensor], num_samples: int
-                      ) -> ImportanceSample:
-    """Draw from a flow and weigh the draws by the log joint.
+def importance_sample(flow: Flow | GuideDraws, log_joint: Callable[[Tensor], Tensor],
+                      num_samples: int) -> ImportanceSample:
+    """Draw from a flow, or another guide, and weigh the draws by the log joint.
 
     Draws whose log joint is not finite get weight zero; if none is finite, k-hat is infinite.
     """

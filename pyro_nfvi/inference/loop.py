@@ -74,6 +74,7 @@ class History:
         stages: The stages in order, each with what its gate saw.
         engines: How each stage was computed.
         concerns: What speaks against the fit, beyond its weights.
+        seconds: Wall-clock time of the fit.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -83,6 +84,7 @@ class History:
     stages: list[Stage] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
     concerns: list[str] = field(default_factory=list)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def gradients(self) -> int:
@@ -95,7 +97,7 @@ class History:
         return History(self.elbo + later.elbo, self.rollbacks + shifted,
                        self.interrupted or later.interrupted, self.stopped or later.stopped,
                        self.stages + later.stages, self.engines + later.engines,
-                       self.concerns + later.concerns)
+                       self.concerns + later.concerns, self.seconds + later.seconds)
 
 
 class Loop:
@@ -147,6 +149,7 @@ class Loop:
 
     def run(self) -> History:
         """Make the steps; Ctrl-C ends them early, with the parameters as they are."""
+        begin = time.monotonic()
         with tqdm(total=self.num_steps, desc=self.name, disable=not self.progress) as bar:
             try:
                 self.stepper = Stepper(self._loss, self.parameters, self.compile, self.num_steps,
@@ -160,6 +163,7 @@ class Loop:
                     self.stepper.state.write_back()
                     self.history.engines.append(self.stepper.engine)
         self.history.stages.append(Stage(self.name, len(self.history.elbo)))
+        self.history.seconds = time.monotonic() - begin
         return self.history
 
     def _loss(self) -> list[Tensor]:

@@ -113,6 +113,7 @@ class Stages:
 
     def run(self) -> None:
         """Stage after stage, until a gate opens or nothing is left to try; Ctrl-C ends them."""
+        begin = time.monotonic()
         try:
             for stage in (self._gaussian, self._flow, self._again):
                 if stage() or self.history.interrupted or self.history.stopped:
@@ -122,6 +123,7 @@ class Stages:
                     break
         except KeyboardInterrupt:
             self.history.interrupted = True
+        self.history.seconds = time.monotonic() - begin  # gates included, unlike the sum
 
     def go_on(self) -> None:
         """Train a guide that is already trained from where it is."""

@@ -140,11 +140,11 @@ def to_arviz(vae: VAE, data: Data, *, num_samples: int, coords: Mapping[str, Any
             [vae.latent_dim, 1, vae.event_shape.numel()], -1)
     shape = (num_samples, *x.shape)
     event = [f"x_dim_{i}" for i in range(len(vae.event_shape))]
-    groups = {"posterior": {"z": _numpy(z)[None]},
-              "posterior_predictive": {"x": _numpy(drawn.reshape(shape))[None]},
-              "log_likelihood": {"x": _numpy(fit.squeeze(-1))[None]},
-              "observed_data": {"x": _numpy(x if mask is None else
-                                            x.where(mask, x.new_tensor(torch.nan)))}}
+    groups = {"posterior": {"z": _arviz.as_array(z)[None]},
+              "posterior_predictive": {"x": _arviz.as_array(drawn.reshape(shape))[None]},
+              "log_likelihood": {"x": _arviz.as_array(fit.squeeze(-1))[None]},
+              "observed_data": {"x": _arviz.as_array(
+                  x if mask is None else x.where(mask, x.new_tensor(torch.nan)))}}
     dims = {"z": ["data", "latent"], "x": ["data", *event]}
     return _arviz.inference_data(groups, dims, coords or {}, {})
 
@@ -168,7 +168,3 @@ def evaluating(vae: VAE) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _numpy(values: Tensor) -> Any:
-    return values.detach().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Pictures of a fit."""
+"""The ELBO over the steps of a fit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 import numpy as np
 
 from pyro_nfvi.inference import History
+from pyro_nfvi.plots.components import finite
+from pyro_nfvi.plots.figures import bolden, new_axes
+
+MANY_STEPS = 5000  # more make a line too long for a vector graphic
 
 
 def plot_elbo(history: History, ax: Any = None) -> Any:
@@ -19,18 +23,16 @@ def plot_elbo(history: History, ax: Any = None) -> Any:
     Returns:
         The axes.
     """
-    import matplotlib.pyplot as plt
-
-    ax = plt.subplots(figsize=(7, 3.5), layout="constrained")[1] if ax is None else ax
+    ax = new_axes() if ax is None else ax
     elbo = np.asarray(history.elbo)
     width = max(1, len(elbo) // 50)
-    ax.plot(elbo, lw=0.5, alpha=0.4, label="each step")
+    ax.plot(elbo, lw=0.5, alpha=0.4, label="each step", rasterized=len(elbo) > MANY_STEPS)
     ax.plot(*_running_median(elbo, width), lw=1.8, label=f"median of {width} steps")
     for end in np.cumsum([stage.num_steps for stage in history.stages]):
         if 0 < end < len(elbo):
             ax.axvline(end, color="0.6", ls=":", lw=1)
-    ax.set(xlabel="step", ylabel="ELBO (nats)", ylim=_limits(elbo) if len(elbo) else None)
-    ax.legend(frameon=False, loc="lower right")
+    ax.set(xlabel="step", ylabel="ELBO (nats)", ylim=_limits(elbo))
+    bolden(ax.legend(frameon=False, loc="lower right"))
     return ax
 
 
@@ -40,9 +42,11 @@ def _running_median(values: np.ndarray, width: int) -> tuple[np.ndarray, np.ndar
     return (np.arange(count) + 0.5) * width, np.median(blocks, axis=1)
 
 
-def _limits(elbo: np.ndarray) -> tuple[float, float]:
+def _limits(elbo: np.ndarray) -> tuple[float, float] | None:
     """From the level after the first tenth of the fit to the top: the start hides the rest."""
-    late = elbo[len(elbo) // 10:]
+    late = finite(elbo[len(elbo) // 10:])
+    if not len(late):
+        return None
     low, high = np.quantile(late, 0.01), late.max()
     margin = 0.05 * (high - low) + 1e-9
     return low - margin, high + margin

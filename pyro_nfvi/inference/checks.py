@@ -1,0 +1,78 @@
+"""What a model and its data must be: the same sites at each call, and numbers to observe."""
+
+from __future__ import annotations
+
+import pyro
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_nfvi._random import forked_rng
+from pyro_nfvi.guides import LatentLayout
+from pyro_nfvi.inference.log_joint import LogJoint, is_data
+
+NUM_CALLS = 3  # of the model, to see whether it changes
+
+
+def check_sites(owner: str, log_joint: LogJoint) -> None:
+    """Refuse a model whose latent sites are not the same at each call.
+
+    Raises:
+        ValueError: If one is gone, new, or of another shape.
+    """
+    for _ in range(NUM_CALLS):
+        try:
+            with log_joint.surroundings(), forked_rng(), poutine.trace() as trace:
+                log_joint.model(*log_joint.args, **log_joint.kwargs)
+        except (NotImplementedError, ValueError, RuntimeError):  # a prior that has no draws, or
+            return  # one whose draws are too wild for the model
+        _compare_sites(owner, log_joint.layout, trace.trace.nodes)
+
+
+def _compare_sites(owner: str, layout: LatentLayout, nodes: dict) -> None:
+    shapes = {name: tuple(node["value"].shape) for name, node in nodes.items()
+              if node["type"] == "sample" and not node["is_observed"]
+              and not site_is_subsample(node)}
+    for site in layout:
+        now = shapes.pop(site.name, None)
+        if now != tuple(site.shape):
+            raise ValueError(f"{owner} expected the model to have the same latent sites at each "
+                             f"call; {site.name!r} was of shape {tuple(site.shape)} and now is "
+                             f"{'gone' if now is None else now}. Fix what its shape depends on.")
+    if shapes:
+        raise ValueError(f"{owner} expected the model to have the same latent sites at each call; "
+                         f"{min(shapes)!r} is new. Fix what it depends on.")
+
+
+def check_data(owner: str, log_joint: LogJoint, z: Tensor) -> None:
+    """Refuse observed values that are not numbers, or that their distribution cannot give.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    with log_joint.surroundings():
+        nodes = log_joint.trace(z).nodes
+    latent = {site.name for site in log_joint.layout}
+    for name, node in nodes.items():
+        if name in latent or not is_data(node):
+            continue
+        if bad := int(node["value"].isnan().sum()):
+            raise ValueError(f"{owner} expected site {name!r} to be observed with numbers, got "
+                             f"{bad} NaN. Drop them, or hide them: poutine.mask(mask=~y.isnan()) "
+                             "around the site and y.nan_to_num() as its value.")
+        if bad := _num_outside(node):
+            raise ValueError(f"{owner} expected site {name!r} to be observed within the support of "
+                             f"its distribution, {node['fn'].support}, got {bad} outside. Mend the "
+                             "data, or choose another likelihood.")
+
+
+def _num_outside(node: dict) -> int:
+    """Number of observed values that the site's distribution cannot give."""
+    mask = node["mask"]
+    if not pyro.settings.get("validate_distributions_pyro"):
+        return 0
+    try:
+        outside = ~node["fn"].support.check(node["value"])
+    except NotImplementedError:  # no such check
+        return 0
+    return int((outside if mask is None else outside & mask).sum())
