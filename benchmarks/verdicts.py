@@ -17,12 +17,12 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from sklearn.datasets import load_breast_cancer
 from torch.distributions import constraints
 
-from pyro_nfvi import NFVI, AutoFlow, Posterior, planar
+from pyro_nfvi import NFVI, AutoFlow, CompiledTrace_ELBO, Posterior, planar
 
 EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SPREAD = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -97,10 +97,10 @@ def mixed(y: torch.Tensor) -> None:
 
 # ---------------------------------------------------------------------- fits
 
-def by_svi(model: Callable, guide: Callable, *args: Any, num_steps: int = 2000, lr: float = 0.01
+def by_svi(model: Callable, guide: Callable, *args: Any, num_steps: int = 1000, lr: float = 0.02
            ) -> Posterior:
     """A guide fitted by Pyro's SVI."""
-    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": lr}), Trace_ELBO(num_particles=4))
+    svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": lr}), CompiledTrace_ELBO(num_particles=8))
     for _ in range(num_steps):
         svi.step(*args)
     return Posterior.of(model, guide, *args)
@@ -178,7 +178,7 @@ GOOD: dict[str, Callable[[int], Posterior]] = {
     "simplex and rate": lambda seed: by_nfvi(mixed, COUNTS + 2, seed=seed),
     "regression, Gaussian by SVI": lambda seed: by_svi(
         regression, AutoMultivariateNormal(regression, init_scale=0.1), *rows(seed),
-        num_steps=4000),
+        num_steps=3000, lr=0.01),
 }
 
 

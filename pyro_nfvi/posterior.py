@@ -21,13 +21,14 @@ from pyro_nfvi.diagnostics import (
     summarize,
     to_inference_data,
 )
-from pyro_nfvi.diagnostics.checks import max_pareto_k
+from pyro_nfvi.diagnostics.checks import max_pareto_k, spread
 from pyro_nfvi.diagnostics.diagnose import Fit
 from pyro_nfvi.diagnostics.inference_data import GROUPS
 from pyro_nfvi.diagnostics.site_weights import site_weights
 from pyro_nfvi.engine import Engine
 from pyro_nfvi.flows import Flow
 from pyro_nfvi.guides import AutoFlow, GuideDraws, LatentLayout
+from pyro_nfvi.guides.guide_draws import guide_name
 from pyro_nfvi.guides.prototype import check_prototype, compare_site, quiet_trace
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint, importance_sample
 from pyro_nfvi.inference.chains import Chains
@@ -233,7 +234,7 @@ class Posterior:
 
     def _attrs(self) -> dict[str, Any]:
         value, error = self.elbo
-        return {"inference_library": "pyro_nfvi", "guide": type_name(self.guide),
+        return {"inference_library": "pyro_nfvi", "guide": guide_name(self.guide),
                 "pareto_k": self.pareto_k, "ess": self.ess, "elbo": value, "elbo_se": error}
 
     def diagnose(self, *, restarts: int = 0, losses: Sequence[float] | None = None,
@@ -271,7 +272,13 @@ class Posterior:
 
         Returns:
             InferenceData (ArviZ 0.x) or DataTree (1.x) of all chains.
+
+        Raises:
+            ValueError: If the guide is a point mass, which proposes nothing else.
         """
+        if (found := spread(self.draws, self.log_joint.layout)).failed:
+            raise ValueError("Posterior.metropolis expected a guide that draws every latent, but "
+                             f"{found.words}: {found.action}.")
         chains = metropolis(self.density, self.log_joint, num_chains=num_chains,
                             num_draws=num_draws, warmup=warmup, seed=seed)
         return self._of_chains(chains, "Metropolis-Hastings", groups, coords, dims)
@@ -386,7 +393,7 @@ class Posterior:
     def _facts(self) -> dict[str, Any]:
         history, z = self.history, self.draws.z
         stages = ", ".join(stage.name for stage in history.stages)
-        facts = {"Guide": type_name(self.guide), "Latents": z.shape[-1], "Precision": z.dtype,
+        facts = {"Guide": guide_name(self.guide), "Latents": z.shape[-1], "Precision": z.dtype,
                  "Stages": stages, "Steps": len(history.elbo),
                  "Seconds": f"{history.seconds:.1f}" if history.seconds else ""}
         return {**{name: fact for name, fact in facts.items() if fact != ""}, **versions()}
@@ -427,7 +434,7 @@ class Posterior:
 
     def __repr__(self) -> str:
         value, error = self.elbo
-        return (f"Posterior({type(self.guide).__name__}, {self.log_joint.layout!r}, "
+        return (f"Posterior({guide_name(self.guide)}, {self.log_joint.layout!r}, "
                 f"ELBO {value:.3f} +- {error:.3f}, k-hat {self.pareto_k:.2f}, "
                 f"ESS {self.ess:,.0f} of {self.draws.num_samples:,})")
 
@@ -483,7 +490,7 @@ def _same_model(posterior: Posterior, model: Any) -> Posterior:
 def _check_functions(model: Any, guide: Any) -> None:
     for name, value in (("model", model), ("guide", guide)):
         if not callable(value):
-            raise ValueError(f"to_arviz expected `{name}` to be a Pyro {name}, a function, got "
+            raise ValueError(f"Posterior.of expected `{name}` to be a Pyro {name}, a function, got "
                              f"{type_name(value)}.")
 
 

@@ -53,7 +53,7 @@ class Check:
 def quick_checks(sample: ImportanceSample, history: History, layout: LatentLayout | None = None
                  ) -> list[Check]:
     """The checks that a verdict is made of, in the order in which they count."""
-    return [_fit(history), _support(sample), _spread(sample, layout), _weights(sample),
+    return [_fit(history), _support(sample), spread(sample, layout), _weights(sample),
             _effective(sample)]
 
 
@@ -93,7 +93,7 @@ def _support(sample: ImportanceSample) -> Check:
                  "as an AutoFlow does, and look for overflow in the model", finite)
 
 
-def _spread(sample: ImportanceSample, layout: LatentLayout | None) -> Check:
+def spread(sample: ImportanceSample, layout: LatentLayout | None) -> Check:
     """Whether every latent varies."""
     z = sample.z.double()
     z = z[z.isfinite().all(-1)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi._shapes import type_name
+from pyro_nfvi.diagnostics.checks import spread
 from pyro_nfvi.diagnostics.inference_data import _device
 from pyro_nfvi.diagnostics.report import verdict
 from pyro_nfvi.inference import LogJoint
@@ -37,9 +38,10 @@ def compare(posteriors: Mapping[str, Any] | Iterable[Any]) -> Any:
 
     Returns:
         A pandas DataFrame with a row a fit, in falling order of ``elbo``, and the columns
-        ``elbo`` with its standard error ``elbo_se``, ``pareto_k``, ``ess`` (effective number of
-        10,000 weighted draws), ``seconds`` (wall-clock time of the fit; nan if it is not known)
-        and ``trusted`` (whether the verdict is good).
+        ``elbo`` with its standard error ``elbo_se`` (nan, and last, where the guide is a point
+        mass, which has none), ``pareto_k``, ``ess`` (effective number of 10,000 weighted draws),
+        ``seconds`` (wall-clock time of the fit; nan if it is not known) and ``trusted`` (whether
+        the verdict is good).
 
     Raises:
         ValueError: If there is no fit, one is no Posterior, or they are of other sites, other
@@ -70,7 +72,8 @@ def compare(posteriors: Mapping[str, Any] | Iterable[Any]) -> Any:
 
 
 def _row(posterior: Any) -> dict[str, Any]:
-    value, error = posterior.elbo
+    point = spread(posterior.draws, posterior.log_joint.layout).failed  # and so no density
+    value, error = (math.nan, math.nan) if point else posterior.elbo
     trusted, _ = verdict(posterior.draws, posterior.history, posterior.log_joint.layout)
     return {"elbo": value, "elbo_se": error, "pareto_k": posterior.pareto_k, "ess": posterior.ess,
             "seconds": posterior.history.seconds or math.nan, "trusted": trusted}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -36,6 +37,7 @@ SLOPE_NATS = 0.5  # and nats
 NUM_BATCHES, BATCH = 16, 64  # of draws, for the noise of the gradient
 SIGNAL = 1.0  # ratio of the gradient's square to its noise's, of one batch, above which it leads
 APART_ERRORS, APART_NATS, APART_SD = 4.0, 0.3, 0.25  # what tells two restarts apart
+MINIBATCHES = "the model draws minibatches; give it all data"
 HEAVY = math.log(3)  # excess of the log weight in both tails that is worth a hint
 
 
@@ -78,7 +80,7 @@ def diagnose(fit: Fit, restarts: int = 0, progress: bool = True) -> Report:
             checks.append(look())
             bar.update()
         checks.append(_restarts(fit, restarts, bar))
-    checks = _with_causes(checks)
+    checks = _with_causes(checks, fit)
     trusted, words = verdict(fit.sample, fit.history, fit.log_joint.layout, checks)
     return Report(tuple(checks), words, trusted, fit.sample.elbo,
                   sites.pareto_k if sites else {}, max_pareto_k(fit.sample.num_samples))
@@ -92,15 +94,16 @@ def _sites(sites: SiteWeights | None, sample: ImportanceSample) -> Check:
         return Check("sites", "skipped", "too few draws have weights")
     worst, bar = sites.worst, max_pareto_k(sample.num_samples)
     k = sites.pareto_k[worst]
-    words = f"worst is {worst!r}, k-hat {k:.2f} of its weights alone"
+    shown = f"{k:.2f}" if k < 10 else "above 10"
+    words = f"worst is {worst!r}, k-hat {shown} of its weights alone"
     if k < bar or all_but_equal(sample):
         return Check("sites", "ok", words, value=k)
     return Check("sites", "warn", words, _reparametrise(worst), k)
 
 
 def _reparametrise(site: str) -> str:
-    return (f"reparametrise site {site!r}, by poutine.reparam(model, {{{site!r}: "
-            "LocScaleReparam()}) if it is in a hierarchy")
+    return (f"reparametrise site {site!r} or, in a hierarchy, the sites that it scales: "
+            "poutine.reparam(model, {name: LocScaleReparam()})")
 
 
 def _tails(sites: SiteWeights | None, sample: ImportanceSample) -> Check:
@@ -132,7 +135,7 @@ def _drift(fit: Fit) -> Check:
         return Check("drift", "ok", "short Hamiltonian chains stay where the draws are",
                      value=found.z_score)
     return Check("drift", "fail", str(found), f"{_reparametrise(found.site)}, take a richer flow "
-                 "or more steps, or draw by posterior.neutra()", found.z_score)
+                 f"or more steps, or draw by {_sampler(fit)}", found.z_score)
 
 
 @torch.no_grad()
@@ -196,7 +199,7 @@ def _not_one_function(fit: Fit) -> str:
     if usable.sum() < 2 * z.shape[-1] + 2:
         return "too few draws have a finite log joint"
     if fit.log_joint.subsamples(z[usable][0]):
-        return "the model draws minibatches; give it all data"
+        return MINIBATCHES
     return ""
 
 
@@ -292,7 +295,14 @@ def _moments(sample: ImportanceSample) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------------- causes
 
-def _with_causes(checks: Sequence[Check]) -> list[Check]:
+def _sampler(fit: Fit) -> str:
+    """What draws exactly through the guide: NeuTra, if it maps noise to all latents."""
+    density = fit.density
+    mapped = isinstance(density, Flow) or isinstance(density.guide, AutoContinuous)
+    return "posterior.neutra()" if mapped else "posterior.metropolis()"
+
+
+def _with_causes(checks: Sequence[Check], fit: Fit) -> list[Check]:
     """The same checks, where the action of a bad k-hat follows from what else was found."""
     found = {check.name: check for check in checks}
     advice = []
@@ -301,7 +311,11 @@ def _with_causes(checks: Sequence[Check]) -> list[Check]:
     for name in ("missed mass", "tails", "sites"):
         if found[name].status in ("warn", "fail"):
             advice.append(found[name].action)
-    words = "; ".join(advice) + "; or exact draws through this guide: posterior.neutra()"
+    if not advice and isinstance(fit.density, GuideDraws):
+        advice.append("take a richer guide, a flow: NFVI(model).run()")
+    words = f"{'; '.join(advice)}; or exact draws through this guide: {_sampler(fit)}"
+    if found["drift"].words == MINIBATCHES:  # each draw has a log joint of its own
+        advice, words = [MINIBATCHES], MINIBATCHES
     if advice and found["k-hat"].failed:
         found["k-hat"] = replace(found["k-hat"], action=words)
     elif advice and found["effective draws"].failed:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from pyro_nfvi import _arviz
+from pyro_nfvi._shapes import type_name
 from pyro_nfvi.guides.layout import plate_names
 from pyro_nfvi.inference import LogJoint
 from pyro_nfvi.inference.log_joint import is_data, is_deterministic
@@ -25,6 +27,7 @@ from pyro_nfvi.inference.predictive import (
 
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "prior",
           "prior_predictive", "observed_data", "constant_data")
+RESERVED = ("chain", "draw")  # dimensions that all variables have
 MAX_PRIOR = 1000  # draws of the prior
 MAX_NUMBERS = 1e8  # in a group of as many numbers as there are draws times observations
 
@@ -55,6 +58,7 @@ def to_inference_data(log_joint: LogJoint, z: Tensor, stats: Mapping[str, Tensor
         ValueError: If ``groups``, ``coords`` or ``dims`` do not fit the model.
     """
     _check_groups(groups)
+    _check_mappings(coords=coords, dims=dims)
     converter = _Converter(log_joint, z.to(_device(log_joint)), stats)
     names = converter.dims(dims or {})
     made = converter.made(groups)
@@ -104,10 +108,12 @@ class _Converter:
     def dims(self, given: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Names of the dimensions of every site and argument."""
         shapes = self._shapes()
-        plates = {name: plate_names(node) for name, node in self.nodes.items()}
+        plates = {name: _plates(node) for name, node in self.nodes.items()}
         _check_dims(given, shapes)
-        return {name: _named(name, len(shape), plates.get(name, ()), given.get(name, ()),
-                             set(shapes)) for name, shape in shapes.items()}
+        names = {name: _named(name, len(shape), plates.get(name, ()), given.get(name, ()),
+                              set(shapes)) for name, shape in shapes.items()}
+        _check_sizes(names, shapes)
+        return names
 
     def sizes(self, made: Mapping[str, Arrays], dims: Mapping[str, list[str]]) -> dict[str, int]:
         """Size of every dimension of what is in the groups."""
@@ -191,7 +197,8 @@ def _constants(log_joint: LogJoint, observed: Sequence[Tensor]) -> Arrays:
 def _arguments(log_joint: LogJoint) -> dict[str, Any]:
     """The model's arguments by name, those of ``*args`` and ``**kwargs`` one by one."""
     try:
-        signature = inspect.signature(log_joint.model)
+        model = log_joint.model
+        signature = inspect.signature(model.forward if isinstance(model, Module) else model)
         bound = signature.bind(*log_joint.args, **log_joint.kwargs).arguments
     except (TypeError, ValueError):  # a callable that hides its arguments
         return dict(log_joint.kwargs)
@@ -220,6 +227,20 @@ def _same(value: Any, observed: Tensor) -> bool:
 
 # ---------------------------------------------------------------------- dimensions
 
+def _plates(node: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Name of the plate of each dimension, also of a deterministic site that fills its plates.
+
+    Pyro takes such a site as one event unless told otherwise (``event_dim``).
+    """
+    names, shape = plate_names(dict(node)), node["value"].shape
+    if names or not is_deterministic(dict(node)):
+        return names
+    frames = {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
+    filled = [frames[dim].name for dim in range(-len(shape), 0)
+              if dim in frames and frames[dim].size == shape[dim]]
+    return tuple(filled) if len(filled) == len(shape) else ()
+
+
 def _named(name: str, count: int, plates: Sequence[str | None], given: Sequence[str],
            variables: set[str]) -> list[str]:
     """Names of one variable's dimensions: its plates, what the user says, what ArviZ would."""
@@ -231,12 +252,12 @@ def _named(name: str, count: int, plates: Sequence[str | None], given: Sequence[
 
 def _unlike(dim: str, variables: set[str]) -> str:
     """A dimension's name; one that a variable has already is no name for both."""
-    return f"{dim}_dim" if dim in variables else dim
+    return f"{dim}_dim" if dim in variables or dim in RESERVED else dim
 
 
 def _check_groups(groups: Sequence[str]) -> None:
-    unknown = sorted(set(groups) - set(GROUPS))
-    if isinstance(groups, str) or unknown or "posterior" not in groups:
+    if not isinstance(groups, Iterable) or isinstance(groups, str) or (
+            not {"posterior"} <= set(groups) <= set(GROUPS)):
         raise ValueError(f"to_arviz expected `groups` to be some of {', '.join(GROUPS)}, with "
                          f"posterior among them, got {groups!r}.")
 
@@ -246,9 +267,31 @@ def _check_dims(given: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[i
         if name not in shapes:
             raise ValueError(f"to_arviz expected `dims` to name sites or arguments of the model "
                              f"({', '.join(sorted(shapes))}), got {name!r}.")
-        if isinstance(names, str) or len(names) > len(shapes[name]):
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or len(names) > len(shapes[name]):
             raise ValueError(f"to_arviz expected dims[{name!r}] to be a list of at most "
                              f"{len(shapes[name])} names, got {names!r}.")
+
+
+def _check_sizes(names: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, ...]]
+                 ) -> None:
+    """Whether each name stands for one dimension of a variable, and for one size."""
+    sizes: dict[str, int] = {}
+    for name, dims in names.items():
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"to_arviz expected dims[{name!r}] to differ from one another, got "
+                             f"{list(dims)}. Rename one.")
+        for dim, size in zip(dims, shapes[name], strict=True):
+            if sizes.setdefault(dim, size) != size:
+                raise ValueError(f"to_arviz expected `dims` to give one name to dimensions of one "
+                                 f"size, got {dim!r} for {sizes[dim]} and, at {name!r}, for "
+                                 f"{size}. Rename one.")
+
+
+def _check_mappings(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"to_arviz expected `{name}` to be a dict, got {type_name(value)}.")
 
 
 def _check_coords(coords: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
@@ -256,9 +299,10 @@ def _check_coords(coords: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         if dim not in sizes:
             raise ValueError(f"to_arviz expected `coords` to name dimensions of the model "
                              f"({', '.join(sorted(sizes))}), got {dim!r}.")
-        if len(values) != sizes[dim]:
+        if np.shape(values)[:1] != (sizes[dim],):
+            got = len(values) if np.ndim(values) else repr(values)
             raise ValueError(f"to_arviz expected coords[{dim!r}] of length {sizes[dim]}, "
-                             f"got {len(values)}.")
+                             f"got {got}.")
 
 
 def _device(log_joint: LogJoint) -> torch.device:

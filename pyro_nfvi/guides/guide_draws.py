@@ -22,6 +22,11 @@ CHUNK = 2000  # draws made at a time
 WAY_OUT = "Pass the model and the arguments that the guide was fitted with."
 
 
+def guide_name(guide: Any) -> str:
+    """What a guide is called: a function by its name, an object by its class."""
+    return str(getattr(guide, "__name__", type_name(guide)))
+
+
 class GuideDraws:
     r"""Draws of a fitted Pyro guide on the flat latent, with their log densities.
 
@@ -109,15 +114,15 @@ class GuideDraws:
         by_site = {f"{name}_unconstrained": part for name, part in parts.items()}
         if {name: tuple(part.shape) for name, part in by_site.items()} == self.hidden:
             return by_site
-        raise NotImplementedError(f"{type_name(self.guide)} gives densities of its own draws only; "
-                                  "an AutoFlow knows the density of any value.")
+        raise NotImplementedError(f"{guide_name(self.guide)} gives densities of its own draws "
+                                  "only; an AutoFlow knows the density of any value.")
 
     def _trace(self) -> Trace:
         return poutine.block(poutine.trace(self.guide).get_trace)(*self.args, **self.kwargs)
 
     def _check(self, trace: Trace) -> None:
         """Whether these are the sites of the model."""
-        name = type_name(self.guide)
+        name = guide_name(self.guide)
         for site in self.layout:
             if site.name not in trace.nodes:
                 raise ValueError(f"{name} is not a guide for this model: it draws no "

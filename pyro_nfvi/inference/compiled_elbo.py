@@ -264,7 +264,7 @@ class _Call:
         """Mean loss of all particles, and its gradients, by the graph of one."""
         count = len(self.inputs) - len(self.draws)
         graph: Callable = self.graph
-        if self.batch > 1:
+        if self.batch > 1 and self.draws:  # without noise all particles are one
             graph = torch.func.vmap(graph, in_dims=(None,) * count + (0,) * len(self.draws))
         loss, surrogate = graph(*self.inputs)
         return _with_gradients(loss.mean(), surrogate.mean(), list(self.parameters.values()))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
@@ -144,8 +145,17 @@ class LogJoint:
 
 
 def is_deterministic(node: dict[str, Any]) -> bool:
-    """Whether a node of a trace is a ``pyro.deterministic`` statement."""
-    return node["type"] == "sample" and bool(node["infer"].get("_deterministic"))
+    """Whether a node of a trace follows from others.
+
+    It is a ``pyro.deterministic`` statement, or a reparametrized site, which Pyro turns into an
+    observed point mass.
+    """
+    if node["type"] != "sample":
+        return False
+    distribution = node["fn"]
+    point = isinstance(getattr(distribution, "base_dist", None), dist.Delta)
+    hidden = point and getattr(distribution, "_mask", None) is False
+    return bool(node["infer"].get("_deterministic")) or (node["is_observed"] and hidden)
 
 
 def is_data(node: dict[str, Any]) -> bool:

@@ -29,7 +29,7 @@ class Unobserve(UnconditionMessenger):
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["infer"].get("_deterministic"):
+        if not is_deterministic(msg):
             super()._pyro_sample(msg)
 
 

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_nfvi import NFVI, AutoFlow, AutoGaussian, AutoPlanar, Posterior, compare, nsf
 from pyro_nfvi.flows import Triangular
@@ -62,6 +62,13 @@ def test_the_table_holds_what_the_fits_say_the_best_first():
     assert table.trusted.tolist() == [True, True, False]
     assert table.seconds.tolist()[:2] == [3.0, 1.5]
     assert math.isnan(table.seconds["off"])
+
+
+def test_a_point_mass_has_no_elbo_and_comes_last():
+    table = compare({"point": Posterior.of(conjugate, AutoDelta(conjugate), Y), "good": gaussian()})
+    assert list(table.index) == ["good", "point"]
+    assert math.isnan(table.elbo["point"])
+    assert not table.trusted["point"]
 
 
 def test_the_elbos_differ_by_the_divergences_from_the_posterior():

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from pyro_nfvi import NFVI, AutoFlow, Posterior, planar
 from pyro_nfvi.diagnostics import Check
@@ -216,3 +217,27 @@ def test_minibatches_are_not_searched():
     for name in ("drift", "missed mass"):
         assert report[name].status == "skipped"
         assert "minibatches" in report[name].words
+
+
+def test_bad_weights_of_minibatches_are_laid_to_them():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6, subsample_size=2) as chosen:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[chosen])
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(0.0, 0.4))
+    rows = torch.tensor([-9.0, -5.0, -1.0, 1.0, 5.0, 9.0])
+    report = Posterior.of(model, guide, rows).diagnose(progress=False)
+    assert not report.trusted
+    assert report.failures[0].action == "the model draws minibatches; give it all data"
+
+
+@pytest.mark.parametrize(("kind", "way_out"), [
+    (AutoNormal, "posterior.metropolis()"), (AutoDiagonalNormal, "posterior.neutra()")])
+def test_chains_through_a_guide_are_offered_where_it_serves(kind, way_out):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    posterior = Posterior.of(funnel, kind(funnel, init_scale=0.1))
+    report = posterior.diagnose(progress=False)
+    assert report["k-hat"].action.endswith(way_out)

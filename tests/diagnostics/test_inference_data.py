@@ -9,9 +9,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.initialization import init_to_value
+from pyro.infer.reparam import LocScaleReparam
+from pyro.nn import PyroModule
 
-from pyro_nfvi import NFVI, AutoPlanar, _arviz
+from pyro_nfvi import NFVI, AutoPlanar, _arviz, to_arviz
 from pyro_nfvi.diagnostics import inference_data
 from pyro_nfvi.flows import Triangular
 
@@ -104,7 +107,10 @@ def test_coords_label_the_plates_everywhere(posterior):
                       r"\(feature, pair_dim_2, school, share_dim_0\), got 'town'"),
     ({"school": ["a", "b"]}, r"to_arviz expected coords\['school'\] of length 4, got 2"),
     ({"school": []}, r"coords\['school'\] of length 4, got 0"),
-], ids=["name", "length", "empty"])
+    ({"school": 4}, r"to_arviz expected coords\['school'\] of length 4, got 4"),
+    ({"school": "abcd"}, r"to_arviz expected coords\['school'\] of length 4, got 'abcd'"),
+    (["school"], "to_arviz expected `coords` to be a dict, got list"),
+], ids=["name", "length", "empty", "number", "word", "list"])
 def test_wrong_coords_are_named(posterior, coords, words):
     with pytest.raises(ValueError, match=words):
         posterior.to_arviz(10, coords=coords)
@@ -349,6 +355,10 @@ def test_dims_name_the_rightmost_dimensions(posterior):
     ({"town": ["a"]}, "to_arviz expected `dims` to name sites or arguments of the model"),
     ({"mu": ["a"]}, r"to_arviz expected dims\['mu'\] to be a list of at most 0 names"),
     ({"share": "part"}, r"to_arviz expected dims\['share'\] to be a list of at most 1 names"),
+    ({"share": None}, r"to_arviz expected dims\['share'\] to be a list of at most 1 names"),
+    ({"pair": ["half", "half"]}, r"to_arviz expected dims\['pair'\] to differ from one another"),
+    ({"share": ["school"]}, "got 'school' for 2 and, at 'theta', for 4. Rename one"),
+    (["share"], "to_arviz expected `dims` to be a dict, got list"),
 ])
 def test_wrong_dims_are_named(posterior, dims, words):
     with pytest.raises(ValueError, match=words):
@@ -409,3 +419,47 @@ def test_deterministic_sites_in_a_plate_keep_their_shape_in_predictions():
     assert data.posterior_predictive.y.shape == data.prior_predictive.y.shape == (1, 20, 3)
     assert data.prior.shifted.shape == (1, 20, 3)
     np.testing.assert_allclose(data.posterior_predictive.y, data.posterior.shifted, atol=0.06)
+
+
+def test_deterministic_sites_that_fill_their_plates_have_their_dimensions():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 3), pyro.plate("column", 2):
+            pyro.deterministic("table", mu + torch.arange(6.0).reshape(2, 3))
+            pyro.deterministic("line", mu + torch.arange(3.0))
+            pyro.deterministic("event", mu + torch.arange(4.0))
+    data = fit(model).to_arviz(5)
+    assert data.posterior.table.dims == ("chain", "draw", "column", "row")
+    assert data.posterior.line.dims == ("chain", "draw", "row")
+    assert data.posterior.event.dims == ("chain", "draw", "event_dim_0")
+
+
+def test_a_plate_named_as_the_draws_gets_another_name():
+    def model():
+        with pyro.plate("draw", 3):
+            pyro.sample("mu", dist.Normal(0.0, 1.0))
+    assert fit(model).to_arviz(5).posterior.mu.dims == ("chain", "draw", "draw_dim")
+
+
+def test_arguments_of_a_module_keep_their_names():
+    class Line(PyroModule):
+        def forward(self, x, y=None):
+            slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(slope * x, 1.0).to_event(1), obs=y)
+    model = Line()
+    data = to_arviz(model, AutoNormal(model), X[0], num_samples=5, y=X[1])
+    assert set(data.constant_data.data_vars) == {"x"}
+
+
+def test_a_reparametrized_site_is_one_of_the_posterior():
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("row", 3):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+    data = fit(poutine.reparam(model, {"theta": LocScaleReparam(0.0)}), torch.ones(3)).to_arviz(20)
+    assert {"theta", "theta_decentered", "tau"} <= set(data.posterior.data_vars)
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert set(data[group].data_vars) == {"y"}
+    np.testing.assert_allclose(data.posterior.theta,
+                               data.posterior.theta_decentered * data.posterior.tau, rtol=1e-5)

@@ -118,10 +118,18 @@ def test_density_elsewhere_is_refused_where_the_guide_does_not_tell():
         draws.log_prob(z)
 
 
+def test_a_point_mass_makes_no_chains():
+    pyro.clear_param_store()
+    posterior = Posterior.of(model, AutoDelta(model), Y)
+    with pytest.raises(ValueError, match="metropolis expected a guide that draws every latent, but "
+                                         "the guide is a point mass at site 'scale'"):
+        posterior.metropolis(num_draws=10, seed=0)
+
+
 def test_a_guide_for_another_model_is_named():
     def other(y):
         pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    with pytest.raises(ValueError, match="function is not a guide for this model: it draws no "
+    with pytest.raises(ValueError, match="other is not a guide for this model: it draws no "
                                          "'share'"):
         Posterior.of(model, other, Y)
 

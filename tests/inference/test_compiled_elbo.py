@@ -426,3 +426,14 @@ def test_a_module_put_into_another_mode_is_recorded_anew():
     pyro.set_rng_seed(3)
     theirs = Trace_ELBO().loss(vae.model, vae.guide, x)
     assert abs(ours - theirs) < 0.05 * abs(theirs)  # one step apart, but no unit dropped
+
+
+def test_several_particles_of_a_guide_without_noise_are_one():
+    def model():
+        pyro.sample("x", dist.Normal(1.0, 2.0))
+    pyro.clear_param_store()
+    guide = AutoDelta(model)
+    guide()
+    losses = [elbo(num_particles=4).loss_and_grads(model, guide)
+              for elbo in (Trace_ELBO, CompiledTrace_ELBO)]
+    assert losses[0] == pytest.approx(losses[1])
