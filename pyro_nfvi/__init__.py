@@ -11,7 +11,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_nfvi.calibration import Calibration, calibrate
     from pyro_nfvi.diagnostics.compare import compare
-    from pyro_nfvi.flows import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
+    from pyro_nfvi.flows import (
+        bnaf,
+        cnf,
+        ffjord,
+        glow,
+        householder_sylvester,
+        iaf,
+        maf,
+        naf,
+        ncsf,
+        nice,
+        nsf,
+        planar,
+        radial,
+        realnvp,
+        realnvp_image,
+        residual,
+        sylvester,
+        triangular_sylvester,
+        umnn,
+    )
     from pyro_nfvi.guides import (
         AutoAmortizedFlow,
         AutoFlow,
@@ -26,8 +46,11 @@ if TYPE_CHECKING:
         AutoPathfinder,
         CompiledTrace_ELBO,
         CompiledTraceMeanField_ELBO,
+        FittedFlow,
+        fit_density,
     )
     from pyro_nfvi.nfvi import NFVI
+    from pyro_nfvi.plots import plot_flow
     from pyro_nfvi.posterior import Posterior, to_arviz
 
 __version__ = "0.1.0"
@@ -46,18 +69,32 @@ __all__ = [
     "Calibration",
     "CompiledTraceMeanField_ELBO",
     "CompiledTrace_ELBO",
+    "FittedFlow",
     "Posterior",
+    "bnaf",
     "calibrate",
+    "cnf",
     "compare",
+    "ffjord",
+    "fit_density",
+    "glow",
+    "householder_sylvester",
     "iaf",
     "maf",
+    "naf",
+    "ncsf",
     "nice",
     "nsf",
     "planar",
+    "plot_flow",
     "radial",
     "realnvp",
+    "realnvp_image",
+    "residual",
     "sylvester",
     "to_arviz",
+    "triangular_sylvester",
+    "umnn",
 ]
 
 _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "to_arviz": "posterior",
@@ -65,7 +102,8 @@ _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "to_arviz": "posterior",
           "compare": "diagnostics", "ELBO": "inference",
           "AutoPathfinder": "inference",
           "CompiledTrace_ELBO": "inference",
-          "CompiledTraceMeanField_ELBO": "inference"}
+          "CompiledTraceMeanField_ELBO": "inference", "FittedFlow": "inference",
+          "fit_density": "inference", "plot_flow": "plots"}
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,8 @@ class NFVI:
             guide, fresh, log_joint = self._prepared(args, kwargs)
             with default_dtype(log_joint.dtype):
                 stages = Stages(guide, log_joint, self._options())
-                stages.run() if fresh else stages.go_on()
+                whole = fresh and not guide._flow().base.periodic  # no Gaussian fits a circle
+                stages.run() if whole else stages.go_on()
                 posterior = Posterior(guide, log_joint, stages.history, stages.sample, refit)
                 with suppress(KeyboardInterrupt):  # draws can wait, a fit must not be lost
                     _ = posterior.draws  # while the seed holds

@@ -101,10 +101,11 @@ class Posterior:
 
         Example:
             >>> import pyro, pyro.distributions as dist
-            >>> from pyro.infer.autoguide import AutoNormal
             >>> def model():
             ...     pyro.sample("x", dist.Normal(0.0, 1.0))
-            >>> Posterior.of(model, AutoNormal(model)).ess > 100
+            >>> def guide():
+            ...     pyro.sample("x", dist.Normal(0.1, 1.1))
+            >>> Posterior.of(model, guide).ess > 9000
             True
         """
         _check_functions(model, guide)

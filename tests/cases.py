@@ -24,33 +24,56 @@ from pyro_nfvi.flows import (
     Additive,
     Affine,
     Amortized,
+    AngularDiagonal,
     Autoregressive,
     Base,
     Bijection,
+    BlockAutoregressive,
+    CircularSpline,
     Compose,
+    Continuous,
+    ConvNet,
+    CoordinateFrame,
     Coupling,
+    DeepSigmoid,
     Diagonal,
+    Elementwise,
     FixedLinear,
     FixedLowRank,
     Flow,
+    FreeForm,
     FromTransform,
     Gaussian,
     Householder,
+    HouseholderFrame,
     Identity,
     Inverse,
+    LeakyReLU,
+    LinearSpline,
     LowRank,
     LULinear,
+    MaskedMLP,
     Mixture,
     MixtureOfFlows,
+    MonotoneIntegral,
+    Multiplicative,
     MultivariateStudentT,
     Permutation,
+    Pixelwise,
     Planar,
     Radial,
     RationalQuadraticSpline,
+    RecurrentNet,
+    Residual,
+    SinhArcsinh,
+    Split,
+    Squeeze,
     StudentT,
     Sylvester,
     Transformer,
     Triangular,
+    UniformAngles,
+    checkerboard_mask,
     maf,
     nice,
 )
@@ -63,13 +86,22 @@ from pyro_nfvi.guides import (
     AutoSpline,
 )
 from pyro_nfvi.inference import AutoPathfinder
+from tests.flows import modules
 
 # ------------------------------------------------------------------ flows
 
 TRANSFORMERS: dict[str, Callable[[], Transformer]] = {
     "additive": Additive,
     "affine": Affine,
+    "multiplicative": Multiplicative,
     "spline": RationalQuadraticSpline,
+    "linear-spline": partial(LinearSpline, num_bins=4),
+    "circular-spline": partial(CircularSpline, num_bins=4),
+    "sinh-arcsinh": SinhArcsinh,
+    "leaky-relu": LeakyReLU,
+    "integral": partial(MonotoneIntegral, num_units=4),
+    "sigmoids": partial(DeepSigmoid, num_units=4),
+    "sigmoids-dense": partial(DeepSigmoid, num_units=3, num_layers=2, dense=True),
 }
 
 
@@ -86,13 +118,23 @@ BASES: dict[str, Callable[[int], Base]] = {
     "multivariate-student-t": MultivariateStudentT,
     "mixture": partial(Mixture, num_components=3),
     "mixture-of-flows": mixture_of_flows,
+    "uniform-angles": UniformAngles,
 }
 
 RECIPES: dict[str, Callable[..., Bijection]] = {
     name: partial(getattr(flows, name), num_layers=2)
-    for name in ("planar", "radial", "iaf", "maf", "nice", "realnvp", "nsf", "sylvester")
+    for name in ("planar", "radial", "iaf", "maf", "nice", "realnvp", "nsf", "sylvester",
+                 "realnvp_image", "glow", "householder_sylvester", "triangular_sylvester",
+                 "residual")
 }
 RECIPES["auto"] = flows.auto
+FINE = {"end_time": 1.0, "method": "dopri8", "rtol": 1e-9, "atol": 1e-9, "hidden_dims": (8,)}
+RECIPES["cnf"] = partial(flows.cnf, **FINE)
+RECIPES["ffjord"] = partial(flows.ffjord, num_probes=None, adjoint=False, **FINE)
+RECIPES["naf"] = partial(flows.naf, num_layers=2, num_units=3)
+RECIPES["umnn"] = partial(flows.umnn, num_layers=2, num_units=3)
+RECIPES["bnaf"] = partial(flows.bnaf, num_layers=2, block_dim=3, num_hidden=1)
+RECIPES["ncsf"] = partial(flows.ncsf, num_layers=2, num_bins=4)
 
 
 def reversal(input_dim: int, context_dim: int = 0) -> Permutation:
@@ -159,6 +201,63 @@ def from_zuko(input_dim: int, context_dim: int = 0) -> FromTransform:
     return FromTransform(layer, input_dim, context_dim)
 
 
+def free_form(structure: str, module: Callable[..., torch.nn.Module], input_dim: int,
+              context_dim: int = 0) -> FreeForm:
+    """A module of a user's own."""
+    return FreeForm(input_dim, module(input_dim, context_dim), structure=structure,
+                    context_dim=context_dim)
+
+
+def in_two_groups(input_dim: int, context_dim: int = 0, **options) -> Autoregressive:
+    """An autoregressive layer of as few passes as let coordinates meet, the last going first."""
+    return Autoregressive(input_dim, context_dim, num_passes=min(input_dim, 2), reverse=True,
+                          **options)
+
+
+def first_is_angle(input_dim: int) -> list[bool]:
+    """The first coordinate is an angle, the others are not."""
+    return [k == 0 for k in range(input_dim)]
+
+
+def on_a_torus(input_dim: int, context_dim: int = 0) -> Autoregressive:
+    """An autoregressive layer over angles."""
+    network = partial(MaskedMLP, angles=[True] * input_dim)
+    return Autoregressive(input_dim, context_dim, transformer=CircularSpline(4),
+                          conditioner=network)
+
+
+def on_a_cylinder(input_dim: int, context_dim: int = 0) -> Compose:
+    """A flow over one angle and lines, with its affine map."""
+    angles = first_is_angle(input_dim)
+    return Compose([flows.ncsf(input_dim, context_dim, num_layers=2, angles=angles, num_bins=4),
+                    AngularDiagonal(input_dim, context_dim, angles=angles)])
+
+
+def convolutional(input_dim: int, context_dim: int = 0) -> Coupling:
+    """A coupling of a one-row image by checkerboard, steered by convolutions."""
+    shape = (1, 1, input_dim)
+    mask = checkerboard_mask(shape) if input_dim > 1 else [True]
+    return Coupling(input_dim, context_dim, mask=mask,
+                    conditioner=partial(ConvNet, shape, hidden_channels=8))
+
+
+def pixelwise(input_dim: int, context_dim: int = 0) -> Pixelwise:
+    """The same layer at every pixel, of two channels if that is possible."""
+    channels = 2 if input_dim % 2 == 0 else 1
+    return Pixelwise(Coupling(channels, context_dim), (channels, 1, input_dim // channels))
+
+
+def squeeze(input_dim: int, context_dim: int = 0) -> Squeeze:
+    """A layer of an image of one column, squeezed to one pixel."""
+    return Squeeze(Coupling(input_dim, context_dim), (1, input_dim, 1), block=(input_dim, 1))
+
+
+def split(input_dim: int, context_dim: int = 0) -> Bijection:
+    """A layer of all coordinates but one, if there are others."""
+    layer = Coupling(max(input_dim - 1, 1), context_dim)
+    return Split(layer, input_dim) if input_dim > 1 else layer
+
+
 BIJECTIONS: dict[str, Callable[[int, int], Bijection]] = {
     "diagonal": Diagonal,
     "triangular": Triangular,
@@ -174,16 +273,42 @@ BIJECTIONS: dict[str, Callable[[int, int], Bijection]] = {
     "radial": Radial,
     "sylvester": Sylvester,
     "sylvester-one-ridge": partial(Sylvester, num_ridges=1),
+    "sylvester-householder": partial(Sylvester, frame=HouseholderFrame),
+    "sylvester-coordinates": partial(Sylvester, frame=partial(CoordinateFrame, reverse=True)),
+    "residual": Residual,
+    "residual-deep": partial(Residual, lipschitz=0.97, hidden_dims=(8, 8),
+                             activation=torch.nn.Tanh),
+    "continuous": partial(Continuous, **FINE),
+    "continuous-default": partial(Continuous, hidden_dims=(8,)),
+    "continuous-rk4": partial(Continuous, method="rk4", num_steps=8, hidden_dims=(8,)),
     "amortized": amortized,
     "coupling-mask": alternate,
+    "coupling-convolutional": convolutional,
+    "pixelwise": pixelwise,
+    "squeeze": squeeze,
+    "split": split,
     "autoregressive-reverse": partial(Autoregressive, reverse=True),
     "autoregressive-one-pass": partial(Autoregressive, num_passes=1),
+    "autoregressive-two-passes": partial(in_two_groups, transformer=DeepSigmoid(3)),
+    "autoregressive-recurrent": partial(Autoregressive,
+                                        conditioner=partial(RecurrentNet, hidden_dim=8)),
+    "autoregressive-recurrent-two-passes": partial(
+        in_two_groups, conditioner=partial(RecurrentNet, hidden_dim=8)),
+    "autoregressive-torus": on_a_torus,
+    "block-autoregressive": partial(BlockAutoregressive, block_dim=3),
+    "elementwise": Elementwise,
+    "cylinder": on_a_cylinder,
     "inverse": lambda input_dim, context_dim: Inverse(Planar(input_dim, context_dim)),
     "compose": mixed_stack,
     "from-torch": from_torch,
     "from-pyro-spline": from_pyro_spline,
     "from-pyro-inverse": from_pyro_inverse,
     "from-zuko": from_zuko,
+    "free-form": partial(free_form, "full", modules.Mix),
+    "free-form-diagonal": partial(free_form, "diagonal", modules.Bend),
+    "free-form-triangular": partial(free_form, "triangular", modules.SteerWithDiagonal),
+    "free-form-low-rank": partial(free_form, "low-rank", partial(modules.Ridges, bend=True)),
+    "free-form-inverse": partial(free_form, "full", modules.Turn),
 }
 for _name, _transformer in TRANSFORMERS.items():
     for _layer in (Coupling, Autoregressive):
@@ -197,6 +322,24 @@ for _name, _recipe in RECIPES.items():
 WITHOUT_CONTEXT = {"identity", "permutation", "fixed-linear", "fixed-low-rank", "from-torch",
                    "from-pyro-spline", "from-pyro-inverse"}
 
+# Cases that say little beyond others of the table: they wait for the slow tests.
+REPETITIVE = {f"autoregressive-{name}" for name in (
+    "multiplicative", "linear-spline", "circular-spline", "sinh-arcsinh", "leaky-relu", "integral",
+    "sigmoids-dense", "recurrent-two-passes", "torus")} | {
+        "sylvester-coordinates", "recipe-cnf", "recipe-ffjord"}
+
+# Cases long to compile, to differentiate or to integrate, most as their inverse is a search.
+LENGTHY = {"block-autoregressive", "autoregressive-two-passes", "recipe-naf", "recipe-umnn",
+           "recipe-sylvester", "recipe-planar",
+           "recipe-bnaf", "recipe-ncsf", "cylinder", "residual-deep", "recipe-residual",
+           "continuous-default", "continuous-rk4", "sylvester-householder",
+           "recipe-householder_sylvester", "recipe-triangular_sylvester",
+           *(f"{layer}-{name}" for layer in ("coupling", "autoregressive")
+             for name in ("integral", "sigmoids", "sigmoids-dense"))}
+
+# Errors that a case states for its results: those of a solver of differential equations.
+TOLERANCES = {"continuous-default": 1e-3, "continuous-rk4": 3e-3}
+
 # Checks of properties that a case does not promise.
 NOT_PROMISED: dict[str, set[Callable[..., None]]] = {
     "permutation": {testing.check_identity_at_start},
@@ -206,6 +349,13 @@ NOT_PROMISED: dict[str, set[Callable[..., None]]] = {
     "from-pyro-spline": {testing.check_identity_at_start},
     "from-pyro-inverse": {testing.check_identity_at_start},
     "from-zuko": {testing.check_identity_at_start, testing.check_empty_batch},
+    # torchdiffeq steers Python by times and errors; differences would magnify those of a solver.
+    **{name: {testing.check_compiles} for name in (
+        "continuous", "continuous-rk4", "recipe-cnf", "recipe-ffjord")},
+    "continuous-default": {testing.check_compiles, testing.check_gradients},
+    # The search for a preimage stops, and complains, by what it finds.
+    **{name: {testing.check_compiles} for name in (
+        "free-form", "free-form-diagonal", "free-form-triangular", "free-form-low-rank")},
 }
 
 # ------------------------------------------------------------------ guides

@@ -22,7 +22,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("form", ["centred", "non_centred"])
+@pytest.mark.parametrize("form", [pytest.param("centred", marks=pytest.mark.slow), "non_centred"])
 def test_eight_schools_agrees_with_nuts(form, tmp_path):
     pareto_k, gap = load("eight_schools").fit(form, 1500, tmp_path)
     assert pareto_k < 0.7
@@ -66,6 +66,7 @@ def test_a_vae_reads_files_of_images_and_refuses_others(tmp_path):
         example.from_file(tmp_path / "broken.npz")
 
 
+@pytest.mark.slow
 def test_amortized_effects_agree_with_posteriors_of_their_own(tmp_path, monkeypatch):
     example = load("amortized_groups")
     monkeypatch.setattr(example, "NFVI", partial(NFVI, num_steps=1000, progress=False))
@@ -73,6 +74,17 @@ def test_amortized_effects_agree_with_posteriors_of_their_own(tmp_path, monkeypa
     assert errors["groups"] < 0.4  # posterior standard deviations
     assert errors["new"] < 1.5  # eight groups are few to learn to read others from
     assert [p.name for p in tmp_path.iterdir()] == ["amortized_groups.png"]
+
+
+def test_two_moons_are_learned_and_drawn(tmp_path):
+    assert load("density_estimation").moons(600, tmp_path) < 1.4  # a Gaussian has 1.92
+    assert {p.name for p in tmp_path.iterdir()} == {"moons.png", "moons_fit.png"}
+
+
+@pytest.mark.slow
+def test_an_emulator_stands_in_for_a_likelihood():
+    example = load("density_estimation")
+    assert example.infer(example.emulate(2000)) < 0.8  # posterior standard deviations
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from pyro_nfvi._shapes import check_positive_int
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.nets import HIDDEN_DIMS, MaskedMLP, check_network
-from pyro_nfvi.flows.transformers import Transformer, checked_transformer
+from pyro_nfvi.flows.recurrent import RecurrentNet
+from pyro_nfvi.flows.transformers import NumericallyInverted, Transformer, checked_transformer
 
 
 class Autoregressive(Bijection):
@@ -29,14 +30,18 @@ class Autoregressive(Bijection):
             fully autoregressive.
         reverse: Whether the order starts with the last coordinate.
         transformer: Scalar map :math:`\tau`. Default: :class:`Affine`.
-        hidden_dims: Sizes of the conditioner's hidden layers.
-        activation: Constructor of the conditioner's nonlinearity.
+        hidden_dims: Sizes of the hidden layers of the :class:`MaskedMLP` that is the conditioner.
+        activation: Constructor of its nonlinearity.
+        conditioner: Constructor of a network to use instead, such as :class:`RecurrentNet`. It is
+            called with the group of every coordinate, ``context_dim`` and the number of
+            parameters :math:`P` a coordinate; its network maps points and context (or None) to
+            ``(*batch, D, P)``, by coordinates of lower groups alone.
 
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
     Raises:
-        ValueError: If there are more passes than coordinates.
+        ValueError: If there are more passes than coordinates, or an option is of no use.
 
     Example:
         >>> layer = Autoregressive(3)
@@ -53,14 +58,21 @@ class Autoregressive(Bijection):
     def __init__(self, input_dim: int, context_dim: int = 0, *, num_passes: int | None = None,
                  reverse: bool = False, transformer: Transformer | None = None,
                  hidden_dims: Sequence[int] = HIDDEN_DIMS,
-                 activation: Callable[[], nn.Module] = nn.Tanh) -> None:
+                 activation: Callable[[], nn.Module] = nn.Tanh,
+                 conditioner: Callable[[Tensor, int, int], nn.Module] | None = None) -> None:
         super().__init__(input_dim, context_dim)
         self.num_passes = _checked_passes(num_passes, self.input_dim)
         self.reverse = bool(reverse)
         self.transformer = checked_transformer("Autoregressive", transformer)
         check_network("Autoregressive", hidden_dims, activation)
-        self.conditioner = MaskedMLP(self._groups(), self.context_dim,
-                                     self.transformer.params_per_dim, hidden_dims, activation)
+        groups, num_params = self._groups(), self.transformer.params_per_dim
+        self._spans = [_span(groups == k) for k in range(self.num_passes)]
+        self.conditioner: nn.Module
+        if conditioner is None:
+            self.conditioner = MaskedMLP(groups, self.context_dim, num_params, hidden_dims,
+                                         activation)
+        else:
+            self.conditioner = _built(conditioner, groups, self.context_dim, num_params)
 
     def _groups(self) -> Tensor:
         position = torch.arange(self.input_dim)
@@ -72,10 +84,31 @@ class Autoregressive(Bijection):
         return z, log_det.sum(-1)
 
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self.conditioner, RecurrentNet):
+            u, log_det = self.conditioner.invert(self.transformer.inverse, z, context)
+            return u, log_det.sum(-1)
+        if isinstance(self.transformer, NumericallyInverted):
+            return self._inverse_by_group(z, context)
         u = log_det = torch.zeros_like(z)
         for _ in range(self.num_passes):  # after pass k the first k groups are exact
             u, log_det = self.transformer.inverse(z, self.conditioner(u, context))
         return u, log_det.sum(-1)
+
+    def _inverse_by_group(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same, each coordinate being inverted once, since that is what costs here."""
+        solved: list[tuple[Tensor, Tensor]] = []
+        for span in self._spans:
+            u = self._joined([u for u, _ in solved], z)
+            params = self.conditioner(u, context)[..., span, :]
+            solved.append(self.transformer.inverse(z[..., span], params))
+        return (self._joined([u for u, _ in solved], z),
+                self._joined([log_det for _, log_det in solved], z).sum(-1))
+
+    def _joined(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """Parts of the first groups in their places, and zeros in those of the others."""
+        rest = self.input_dim - sum(part.shape[-1] for part in parts)
+        parts = [*parts, like.new_zeros(*like.shape[:-1], rest)]
+        return torch.cat(parts[::-1] if self.reverse else parts, -1)
 
     def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """One Newton step from ``u``, which has the derivatives of the root it stays at."""
@@ -100,6 +133,23 @@ class Autoregressive(Bijection):
         """Dimensions, passes, order and transformer."""
         return (f"{super().extra_repr()}, num_passes={self.num_passes}, reverse={self.reverse}, "
                 f"transformer={self.transformer!r}")
+
+
+def _span(mask: Tensor) -> slice:
+    """Where ``mask`` is true, which is one run of places."""
+    places = mask.nonzero().squeeze(-1)
+    return slice(int(places[0]), int(places[-1]) + 1)
+
+
+def _built(conditioner: Callable[[Tensor, int, int], nn.Module], groups: Tensor,
+           context_dim: int, num_params: int) -> nn.Module:
+    network = None
+    if callable(conditioner) and not isinstance(conditioner, nn.Module):
+        network = conditioner(groups, context_dim, num_params)
+    if not isinstance(network, nn.Module):
+        raise ValueError("Autoregressive expected `conditioner` to be a constructor of a network "
+                         f"such as RecurrentNet, got {conditioner!r}.")
+    return network
 
 
 def _checked_passes(num_passes: int | None, input_dim: int) -> int:

@@ -28,6 +28,7 @@ class Base(nn.Module, ABC):
     """
 
     symmetric = True  # whether -u is as likely as u
+    periodic = False  # whether some coordinates are angles
 
     def __init__(self, input_dim: int) -> None:
         super().__init__()

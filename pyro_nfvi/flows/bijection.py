@@ -69,6 +69,22 @@ class Bijection(nn.Module, ABC):
         """
         return self._inverse(z, context)
 
+    @property
+    def log_det_is_random(self) -> bool:
+        """Whether log-determinants are estimates, here or in a layer, new ones at every call.
+
+        An ELBO takes unbiased ones; importance weights and Pareto k-hat want exact ones.
+        """
+        return any(module.log_det_is_random for module in self.modules()
+                   if module is not self and isinstance(module, Bijection))
+
+    def _initialize(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Take a data-dependent start from samples; return their noise.
+
+        A layer that has such a start moves its parameters first; the others just invert.
+        """
+        return self._inverse(z, context)[0]
+
     @classmethod
     def _forward_run(cls, layers: Sequence[Bijection], u: Tensor, context: Tensor | None
                      ) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,11 @@ class Compose(Bijection):
         assert log_det is not None
         return z, log_det
 
+    def _initialize(self, z: Tensor, context: Tensor | None) -> Tensor:
+        for layer in reversed(self.layers):
+            z = layer._initialize(z, context if layer.context_dim else None)
+        return z
+
     def _runs(self) -> list[list[Bijection]]:
         """Neighbours of one class, which may know a shorter way through all of them."""
         runs: list[list[Bijection]] = []

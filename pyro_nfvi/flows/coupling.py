@@ -27,12 +27,17 @@ class Coupling(Bijection):
         transformer: Scalar map :math:`\tau`. Default: :class:`Affine`.
         hidden_dims: Sizes of the conditioner's hidden layers.
         activation: Constructor of the conditioner's nonlinearity.
+        conditioner: Constructor of a network to use instead, such as
+            ``partial(ConvNet, (1, 8, 8))``. It is called with the mask, ``context_dim`` and the
+            number of parameters :math:`P` a coordinate; its network maps what stays, followed by
+            the context, to the first parameter of all that moves, then the second, and so on:
+            ``(*batch, kept + context_dim) -> (*batch, P * moved)``.
 
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
     Raises:
-        ValueError: If the mask has another length or moves nothing.
+        ValueError: If the mask has another length or moves nothing, or an option is of no use.
 
     Example:
         >>> layer = Coupling(3, context_dim=2)
@@ -49,7 +54,8 @@ class Coupling(Bijection):
                  mask: Sequence[bool] | Tensor | None = None,
                  transformer: Transformer | None = None,
                  hidden_dims: Sequence[int] = HIDDEN_DIMS,
-                 activation: Callable[[], nn.Module] = nn.Tanh) -> None:
+                 activation: Callable[[], nn.Module] = nn.Tanh,
+                 conditioner: Callable[[Tensor, int, int], nn.Module] | None = None) -> None:
         super().__init__(input_dim, context_dim)
         moved = _checked_mask(mask, self.input_dim)
         self._kept, self._moved = _indices(~moved), _indices(moved)
@@ -57,10 +63,13 @@ class Coupling(Bijection):
         self._order: list[int] = order.tolist()  # where each coordinate stands in (kept, moved)
         self.transformer = checked_transformer("Coupling", transformer)
         check_network("Coupling", hidden_dims, activation)
-        num_moved = int(moved.sum())
-        self.conditioner = MLP(self.input_dim - num_moved + self.context_dim,
-                               num_moved * self.transformer.params_per_dim,
-                               hidden_dims, activation)
+        num_moved, num_params = int(moved.sum()), self.transformer.params_per_dim
+        self.conditioner: nn.Module
+        if conditioner is None or num_moved == self.input_dim:
+            self.conditioner = MLP(self.input_dim - num_moved + self.context_dim,
+                                   num_moved * num_params, hidden_dims, activation)
+        else:
+            self.conditioner = _built(conditioner, moved, self.context_dim, num_params)
 
     def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = u[..., self._kept]
@@ -70,6 +79,12 @@ class Coupling(Bijection):
     def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = z[..., self._kept]
         moved, log_det = self.transformer.inverse(z[..., self._moved], self._params(kept, context))
+        return self._join(kept, moved), log_det.sum(-1)
+
+    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        kept, known = z[..., self._kept], u[..., self._moved]
+        moved, log_det = self.transformer.inverse_at(known, z[..., self._moved],
+                                                     self._params(kept, context))
         return self._join(kept, moved), log_det.sum(-1)
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
@@ -88,6 +103,17 @@ class Coupling(Bijection):
     def extra_repr(self) -> str:
         """Dimensions and transformer."""
         return f"{super().extra_repr()}, transformer={self.transformer!r}"
+
+
+def _built(conditioner: Callable[[Tensor, int, int], nn.Module], mask: Tensor, context_dim: int,
+           num_params: int) -> nn.Module:
+    network = None
+    if callable(conditioner) and not isinstance(conditioner, nn.Module):
+        network = conditioner(mask, context_dim, num_params)
+    if not isinstance(network, nn.Module):
+        raise ValueError("Coupling expected `conditioner` to be a constructor of a network such as "
+                         f"partial(ConvNet, (1, 8, 8)), got {conditioner!r}.")
+    return network
 
 
 def _checked_mask(mask: Sequence[bool] | Tensor | None, input_dim: int) -> Tensor:

@@ -72,6 +72,40 @@ class Flow(nn.Module):
         u, log_det = self.bijection.inverse(z, context)
         return self.base.log_prob(u) + log_det
 
+    @torch.no_grad()
+    def initialize(self, samples: Tensor, context: Tensor | None = None) -> None:
+        """Start the layers that have a data-dependent start from samples of the target.
+
+        Each such layer, :class:`Diagonal` by itself or as the actnorm of an image flow, is set so
+        that these samples reach it, on their way to the noise, with mean zero and variance one.
+        Other layers, and those inside :class:`Inverse`, stay as they are. No pass of the flow
+        calls this.
+
+        Args:
+            samples: Points of the density to be fitted, ``(*batch, input_dim)``, at least two.
+            context: Their contexts, ``(*batch, context_dim)``.
+
+        Raises:
+            ValueError: If there are fewer than two samples, or one is not finite.
+
+        Example:
+            >>> from pyro_nfvi.flows import nice
+            >>> flow, samples = Flow(nice(3)), 5 + 2 * torch.randn(1000, 3)
+            >>> flow.initialize(samples)
+            >>> flow.bijection.inverse(samples)[0].mean().abs() < 1e-5
+            tensor(True)
+        """
+        z, context = self.bijection._checked("samples", samples, context)
+        z = z.reshape(-1, self.input_dim)
+        if len(z) < 2:
+            raise ValueError("Flow.initialize expected `samples` to hold two points or more, "
+                             f"got {len(z)}.")
+        if not bool(z.isfinite().all()):
+            raise ValueError("Flow.initialize expected `samples` to be finite, "
+                             f"got {z[~z.isfinite()][0].item()}.")
+        self.bijection._initialize(
+            z, None if context is None else context.reshape(-1, self.context_dim))
+
     def rsample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = (),
                              context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws and their log-densities in one pass, of shape ``(*sample_shape, *batch)``."""

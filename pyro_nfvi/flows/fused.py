@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyro_nfvi.flows import spline
 from pyro_nfvi.flows.planar import plain_heights
+from pyro_nfvi.flows.transformers import MAX_LOG_SCALE
 
-CONSTANTS = [spline.ZERO_SLOPE, spline.MIN_BIN, spline.MIN_SLOPE, spline.MAX_LOG_SCALE]
+CONSTANTS = [spline.ZERO_SLOPE, spline.MIN_BIN, spline.MIN_SLOPE, MAX_LOG_SCALE]
 Pair = tuple[Tensor, Tensor]
 
 
@@ -109,7 +110,7 @@ class _Adjoint:
                             gnum * xi * xi + gden * mixed], -2)
         gu = gval * self.slope + torch.where(self.v == self.u, gxi / self.w - gval * self.slope, 0)
         raw_scale = (gz * self.value * self.log_scale.exp() + gl) * (
-            1 - (self.log_scale / spline.MAX_LOG_SCALE).square())
+            1 - (self.log_scale / MAX_LOG_SCALE).square())
         return gu, self._parameters(edges, own, ends, gz, raw_scale)
 
     def _parameters(self, edges: Tensor, own: Tensor, ends: Tensor, gz: Tensor, raw_scale: Tensor

@@ -41,6 +41,10 @@ class LinearMap(Bijection):
 class Diagonal(LinearMap):
     r"""Shift and scale of each coordinate: :math:`z = t + e^{s} \odot u`.
 
+    Its data-dependent start (:meth:`Flow.initialize`) makes the noise of the samples zero in mean
+    and one in variance, which is the actnorm of Glow; a coordinate that does not vary keeps its
+    scale.
+
     Args:
         input_dim: Number of coordinates :math:`D`.
         context_dim: Number of context coordinates; 0 for none.
@@ -49,7 +53,8 @@ class Diagonal(LinearMap):
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
     References:
-        Dinh, Krueger & Bengio (2015), NICE, arXiv:1410.8516, section 3.3.
+        Dinh, Krueger & Bengio (2015), NICE, arXiv:1410.8516, section 3.3; Kingma & Dhariwal
+        (2018), Glow, arXiv:1807.03039, section 3.1 (actnorm).
     """
 
     def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,6 +66,13 @@ class Diagonal(LinearMap):
         log_scale = self.log_scale(context)
         u = (z - self.shift(context)) * (-log_scale).exp()
         return u, -log_scale.sum(-1).expand(z.shape[:-1])
+
+    def _initialize(self, z: Tensor, context: Tensor | None) -> Tensor:
+        rows = tuple(range(z.dim() - 1))
+        self.shift.value += (z - self.shift(context)).mean(rows)
+        spread = self._inverse(z, context)[0].std(rows, correction=0)
+        self.log_scale.value += torch.where(spread > 0, spread, 1.0).log()
+        return self._inverse(z, context)[0]
 
     def _dense(self, context: Tensor | None) -> Tensor:
         return torch.diag_embed(self.log_scale(context).exp())

@@ -53,6 +53,9 @@ class MLP(nn.Module):
 class OutputLinear(nn.Module):
     """Last layer of a conditioner: starts at zero, and is scaled down by ``OUTPUT_SCALE``.
 
+    An output that sees no input, such as a parameter of the first coordinate of an autoregressive
+    layer, is its bias alone, which moves by itself and is not scaled.
+
     Args:
         in_dim: Number of inputs, possibly 0.
         out_dim: Number of outputs.
@@ -64,6 +67,7 @@ class OutputLinear(nn.Module):
     """
 
     scaled_mask: Tensor | None
+    blind: Tensor | None  # outputs that see no input, if only some do not
 
     def __init__(self, in_dim: int, out_dim: int, mask: Tensor | None = None) -> None:
         super().__init__()
@@ -72,14 +76,23 @@ class OutputLinear(nn.Module):
         # Weights are scaled, not inputs or outputs: a batch is larger than a matrix.
         scaled_mask = None if mask is None else OUTPUT_SCALE * mask.to(self.bias.dtype)
         self.register_buffer("scaled_mask", scaled_mask)
+        blind = None if mask is None or mask.any(-1).all() else ~mask.any(-1)
+        self.register_buffer("blind", blind, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The (masked) product plus the bias, scaled."""
-        bias = OUTPUT_SCALE * self.bias
         if self.weight is None:
-            return bias.expand(*x.shape[:-1], -1)
+            return self.bias.expand(*x.shape[:-1], -1)
+        return F.linear(x, *self.scaled())
+
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """The matrix and the bias of the product; a layer of no inputs has no matrix."""
+        assert self.weight is not None
         scale = OUTPUT_SCALE if self.scaled_mask is None else self.scaled_mask
-        return F.linear(x, scale * self.weight, bias)
+        bias = OUTPUT_SCALE * self.bias
+        if self.blind is not None:
+            bias = torch.where(self.blind, self.bias, bias)
+        return scale * self.weight, bias
 
 
 class MaskedLinear(nn.Linear):
@@ -113,6 +126,8 @@ class MaskedMLP(nn.Module):
         num_params: Outputs for each coordinate.
         hidden_dims: Sizes of the hidden layers.
         activation: Constructor of the nonlinearity.
+        angles: True for the coordinates that are angles, which it sees by cosine and sine.
+            Default: none.
 
     Shape:
         ``(*batch, D), (*batch, context_dim) -> (*batch, D, num_params)``.
@@ -124,10 +139,14 @@ class MaskedMLP(nn.Module):
 
     def __init__(self, groups: Tensor, context_dim: int, num_params: int,
                  hidden_dims: Sequence[int] = HIDDEN_DIMS,
-                 activation: Callable[[], nn.Module] = nn.Tanh) -> None:
+                 activation: Callable[[], nn.Module] = nn.Tanh, *,
+                 angles: Sequence[bool] | Tensor | None = None) -> None:
         super().__init__()
         self.num_params = num_params
-        before = torch.cat([groups, torch.full((context_dim,), -1)])
+        self.features = None if angles is None else AngleFeatures(
+            check_angles("MaskedMLP", angles, len(groups)))
+        seen = groups if self.features is None else groups[self.features.columns]
+        before = torch.cat([seen, torch.full((context_dim,), -1)])
         layers: list[nn.Module] = []
         for size in hidden_dims:
             degrees = _spread(size, -1 if context_dim else 0, int(groups.max()) - 1)
@@ -139,9 +158,37 @@ class MaskedMLP(nn.Module):
 
     def forward(self, u: Tensor, context: Tensor | None = None) -> Tensor:
         """Parameters of every coordinate, given those before it and the context."""
+        u = u if self.features is None else self.features(u)
         x = u if context is None else torch.cat([u, context], -1)
         params: Tensor = self.layers(x)
         return by_coordinate(params, self.num_params)
+
+
+class AngleFeatures(nn.Module):
+    r"""Coordinates as a network should see them: an angle by its cosine and its sine.
+
+    .. math:: u \mapsto (u_{\text{reals}}, \cos u_{\text{angles}}, \sin u_{\text{angles}})
+
+    Args:
+        angles: True for the coordinates that are angles, ``(D,)``.
+
+    Shape:
+        ``(*batch, D) -> (*batch, len(columns))``.
+
+    Attributes:
+        columns: The coordinate that each feature is of.
+    """
+
+    def __init__(self, angles: Tensor) -> None:
+        super().__init__()
+        self._reals: list[int] = (~angles).nonzero().squeeze(-1).tolist()
+        self._angles: list[int] = angles.nonzero().squeeze(-1).tolist()
+        self.columns = [*self._reals, *self._angles, *self._angles]
+
+    def forward(self, u: Tensor) -> Tensor:
+        """The features."""
+        angles = u[..., self._angles]
+        return torch.cat([u[..., self._reals], angles.cos(), angles.sin()], -1)
 
 
 class ContextParameter(nn.Module):
@@ -184,6 +231,24 @@ def check_network(owner: str, hidden_dims: Any, activation: Any) -> None:
     if isinstance(activation, nn.Module) or not callable(activation):
         raise ValueError(f"{owner} expected `activation` to be a constructor such as nn.ReLU, "
                          f"got {activation!r}.")
+
+
+def check_angles(owner: str, angles: Any, input_dim: int) -> Tensor:
+    """Which of ``input_dim`` coordinates are angles, as a boolean tensor; all of them for None.
+
+    Raises:
+        ValueError: If ``angles`` does not hold one boolean a coordinate.
+    """
+    if angles is None:
+        return torch.ones(input_dim, dtype=torch.bool)
+    try:
+        given = torch.as_tensor(angles, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # of no use as numbers
+        given = torch.zeros(0)
+    if given.shape != (input_dim,) or not ((given == 0) | (given == 1)).all():
+        raise ValueError(f"{owner} expected `angles` to hold {input_dim} booleans, one a "
+                         f"coordinate, got {angles!r}.")
+    return given == 1
 
 
 def by_coordinate(params: Tensor, num_params: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Planar, radial and Sylvester flows: low-rank moves, log-det by the determinant lemma."""
+"""Planar and radial flows: low-rank moves, log-det by the determinant lemma."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_nfvi._shapes import check_positive_int
 from pyro_nfvi.engine.record import is_recording
 from pyro_nfvi.flows.bijection import Bijection
-from pyro_nfvi.flows.linear import matvec
 from pyro_nfvi.flows.nets import ContextParameter
 from pyro_nfvi.flows.roots import Residual, increasing_root, refine_root
 
@@ -162,74 +160,6 @@ class Radial(Bijection):
         return centre, alpha, alpha * _above_minus_one(raw.squeeze(-1))
 
 
-class Sylvester(Bijection):
-    r"""Sylvester flow: :math:`M` ridges at once, in an orthonormal frame.
-
-    .. math::
-        z = u + Q R \tanh(\tilde R Q^\top u + b), \qquad
-        \log|\det J| = \textstyle\sum_i \log(1 + R_{ii} \tilde R_{ii} \tanh'(\cdot)_i)
-
-    :math:`Q` is :math:`D \times M` orthonormal (the QR factor of a learned matrix, whatever the
-    context: a factorization for each would cost more than all the rest, for little) and
-    :math:`R, \tilde R` are upper triangular with diagonals inside :math:`(-1, 1)`. :math:`R = 0`
-    is the identity. The inverse solves the triangular system from its last equation up, one
-    scalar root each.
-
-    Args:
-        input_dim: Number of coordinates :math:`D`.
-        context_dim: Number of context coordinates; 0 for none.
-        num_ridges: Number of ridges :math:`M`, at most :math:`D`. Default: all, up to 16.
-
-    Shape:
-        u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
-
-    Raises:
-        ValueError: If there are more ridges than coordinates.
-
-    References:
-        van den Berg, Hasenclever, Tomczak & Welling (2018), Sylvester Normalizing Flows for
-        Variational Inference, arXiv:1803.05649, eq. 6-9.
-    """
-
-    def __init__(self, input_dim: int, context_dim: int = 0, *,
-                 num_ridges: int | None = None) -> None:
-        super().__init__(input_dim, context_dim)
-        self.num_ridges = min(self.input_dim, 16) if num_ridges is None else num_ridges
-        check_positive_int("Sylvester", "num_ridges", self.num_ridges)
-        if self.num_ridges > self.input_dim:
-            raise ValueError(f"Sylvester expected `num_ridges` of at most input_dim="
-                             f"{self.input_dim}, got {num_ridges}.")
-        size = self.num_ridges
-        self.frame = ContextParameter(torch.randn(self.input_dim, size))
-        self.outer = ContextParameter(torch.zeros(size, size), self.context_dim)
-        self.inner = ContextParameter(torch.ones(size).diag(), self.context_dim)
-        self.bias = ContextParameter(torch.zeros(size), self.context_dim)
-
-    def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, outer, inner, b = self._weights(context)
-        t = torch.tanh(matvec(inner, matvec(q.mT, u)) + b)
-        return u + matvec(q, matvec(outer, t)), _sylvester_log_det(outer, inner, t)
-
-    def _inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, outer, inner, b = self._weights(context)
-        t = _triangular_root(matvec(q.mT, z), outer, inner, b, None)
-        return z - matvec(q, matvec(outer, t)), -_sylvester_log_det(outer, inner, t)
-
-    def _inverse_at(self, u: Tensor, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, outer, inner, b = self._weights(context)
-        t = _triangular_root(matvec(q.mT, z), outer, inner, b, matvec(q.mT, u))
-        return z - matvec(q, matvec(outer, t)), -_sylvester_log_det(outer, inner, t)
-
-    def _weights(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q = torch.linalg.qr(self.frame()).Q
-        outer, inner = _bounded_upper(self.outer(context)), _bounded_upper(self.inner(context))
-        return q, outer, inner, self.bias(context)
-
-    def extra_repr(self) -> str:
-        """Dimensions and number of ridges."""
-        return f"{super().extra_repr()}, num_ridges={self.num_ridges}"
-
-
 def _above_minus_one(x: Tensor) -> Tensor:
     r"""The constraint :math:`m(x) > -1` with :math:`m(0) = 0`."""
     return (1 - MARGIN) * (F.softplus(x + ZERO) - 1)
@@ -270,43 +200,3 @@ def _radius(distance: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     q = (p * p + 4 * alpha * distance).sqrt()
     cancelling = 2 * alpha * distance / (q - p.clamp(max=0))  # the same root, for p < 0
     return torch.where(p < 0, cancelling, (p + q) / 2)
-
-
-def _bounded_upper(raw: Tensor) -> Tensor:
-    """Upper-triangular matrix whose diagonal lies strictly inside (-1, 1)."""
-    diagonal = (1 - MARGIN) * torch.tanh(raw.diagonal(dim1=-2, dim2=-1))
-    return raw.triu(1) + torch.diag_embed(diagonal)
-
-
-def _sylvester_log_det(outer: Tensor, inner: Tensor, t: Tensor) -> Tensor:
-    gain = outer.diagonal(dim1=-2, dim2=-1) * inner.diagonal(dim1=-2, dim2=-1)
-    return torch.log1p(gain * (1 - t * t)).sum(-1)
-
-
-def _triangular_root(target: Tensor, outer: Tensor, inner: Tensor, bias: Tensor,
-                     known: Tensor | None) -> Tensor:
-    r"""Solve :math:`y + R t = \text{target},\ t = \tanh(\tilde R y + b)` for :math:`t`."""
-    size = target.shape[-1]
-    y: list[Tensor] = []  # from the last coordinate to the first
-    t: list[Tensor] = []
-    for i in reversed(range(size)):
-        rest = target[..., i] - _weighted(outer[..., i, i + 1:], t)
-        offset = bias[..., i] + _weighted(inner[..., i, i + 1:], y)
-        residual = _ridge_in_frame(rest, outer[..., i, i], inner[..., i, i], offset)
-        reach = outer[..., i, i].abs()
-        y_i = (increasing_root(residual, rest - reach, rest + reach) if known is None
-               else refine_root(residual, known[..., i]))
-        y.insert(0, y_i)
-        t.insert(0, torch.tanh(inner[..., i, i] * y_i + offset))
-    return torch.stack(t, -1)
-
-
-def _weighted(row: Tensor, values: list[Tensor]) -> Tensor | float:
-    return (row * torch.stack(values, -1)).sum(-1) if values else 0.0
-
-
-def _ridge_in_frame(target: Tensor, outer: Tensor, inner: Tensor, offset: Tensor) -> Residual:
-    def residual(y: Tensor) -> tuple[Tensor, Tensor]:
-        t = torch.tanh(inner * y + offset)
-        return y + outer * t - target, 1 + outer * inner * (1 - t * t)
-    return residual

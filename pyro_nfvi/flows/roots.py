@@ -7,11 +7,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyro_nfvi.engine.record import is_recording
+
 Residual = Callable[[Tensor], tuple[Tensor, Tensor]]  # x -> value, derivative
 NUM_STEPS = 60  # bisection alone then reaches float64 resolution
+FEW_STEPS = 30  # enough where the function is smooth: refine_root doubles the digits twice
 
 
-def increasing_root(residual: Residual, low: Tensor, high: Tensor) -> Tensor:
+class NotConverged(ValueError, torch.linalg.LinAlgError):
+    """A numerical solver of a layer did not get there, at these parameters.
+
+    A fit takes it as it takes a failed factorization: it rolls back to the last good step.
+    """
+
+
+def in_graph() -> bool:
+    """Whether operations become a graph, in which no value steers Python."""
+    return torch.compiler.is_compiling() or is_recording()
+
+
+def any_of(flags: Tensor) -> bool | None:
+    """Whether a flag is set; None in a graph, or under ``torch.func.vmap``, which cannot say."""
+    if in_graph():
+        return None
+    try:
+        return bool(flags.any())
+    except RuntimeError:  # vmap
+        return None
+
+
+def increasing_root(residual: Residual, low: Tensor, high: Tensor, num_steps: int = NUM_STEPS
+                    ) -> Tensor:
     r"""Root of an increasing function that changes sign between ``low`` and ``high``.
 
     Newton steps run while they stay inside the shrinking bracket and it keeps halving;
@@ -22,11 +48,12 @@ def increasing_root(residual: Residual, low: Tensor, high: Tensor) -> Tensor:
         residual: Maps ``x`` to the value and the derivative of the function, elementwise.
         low: Point at or below the root.
         high: Point at or above the root.
+        num_steps: Number of steps, before two of Newton's that carry the gradients.
 
     Returns:
         The root, twice differentiable in whatever ``residual`` closes over.
     """
-    return refine_root(residual, _bracketed(residual, low, high))
+    return refine_root(residual, _bracketed(residual, low, high, num_steps))
 
 
 def refine_root(residual: Residual, root: Tensor) -> Tensor:
@@ -43,10 +70,10 @@ def refine_root(residual: Residual, root: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _bracketed(residual: Residual, low: Tensor, high: Tensor) -> Tensor:
+def _bracketed(residual: Residual, low: Tensor, high: Tensor, num_steps: int) -> Tensor:
     x = (low + high) / 2
     step = before = high - low
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         value, slope = residual(x)
         low, high = torch.where(value < 0, x, low), torch.where(value < 0, high, x)
         newton, middle = x - value / slope, (low + high) / 2

@@ -1,8 +1,9 @@
-"""Rational-quadratic splines, in the notation of the paper."""
+"""Monotone splines, rational-quadratic and linear, in the notation of their papers."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +11,10 @@ from torch.nn import functional as F
 
 from pyro_nfvi._shapes import check_positive_float, check_positive_int
 from pyro_nfvi.engine.record import is_recording
-from pyro_nfvi.flows.transformers import Transformer
+from pyro_nfvi.flows.transformers import Transformer, soft_clamp
 
 MIN_BIN = 1e-3  # smallest bin, as a fraction of the box: the paper's implementation
 MIN_SLOPE = 1e-3  # smallest derivative at a knot, likewise
-MAX_LOG_SCALE = 3.0  # soft clamp of the log-scale of the output box
 ZERO_SLOPE = math.log(math.expm1(1 - MIN_SLOPE))  # makes zero parameters give derivative 1
 
 
@@ -48,10 +48,7 @@ class RationalQuadraticSpline(Transformer):
 
     def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
         owner = "RationalQuadraticSpline"
-        self.num_bins = check_positive_int(owner, "num_bins", num_bins, minimum=2)
-        if num_bins * MIN_BIN >= 1:
-            raise ValueError(f"{owner} expected `num_bins` below {1 / MIN_BIN:.0f}, "
-                             f"got {num_bins}.")
+        self.num_bins = check_num_bins(owner, num_bins)
         self.bound = check_positive_float(owner, "bound", bound)
         self.params_per_dim = 3 * self.num_bins + 3
 
@@ -93,18 +90,12 @@ class RationalQuadraticSpline(Transformer):
         """Bin sizes ``(*batch, n, 2, K)``, raw derivatives, and the output box."""
         count = self.num_bins
         raw_bins, slopes, shift, raw_scale = params.mT.split([2 * count, count + 1, 1, 1], -2)
-        sizes = torch.softmax(raw_bins.unflatten(-2, (2, count)), -2)
-        bins = sizes * (2 * self.bound * (1 - MIN_BIN * count)) + 2 * self.bound * MIN_BIN
-        log_scale = MAX_LOG_SCALE * torch.tanh(raw_scale.squeeze(-2) / MAX_LOG_SCALE)
-        return bins, slopes, shift.squeeze(-2), log_scale
+        bins = bin_sizes(raw_bins.unflatten(-2, (2, count)), self.bound)
+        return bins, slopes, shift.squeeze(-2), soft_clamp(raw_scale.squeeze(-2))
 
     def _bin(self, value: Tensor, bins: Tensor, slopes: Tensor, axis: int) -> tuple[Tensor, ...]:
         """Left knot, size and end derivatives of the bin that holds ``value``."""
-        knots = torch.cumsum(bins, -2) - self.bound
-        found = (knots[..., axis, :-1, :] <= value.unsqueeze(-2)).sum(-2, keepdim=True)
-        index = found.unsqueeze(-3).expand(*bins.shape[:-2], 1, bins.shape[-1])
-        w, h = (size := bins.gather(-2, index).squeeze(-2)).unbind(-2)
-        x, y = (knots.gather(-2, index).squeeze(-2) - size).unbind(-2)
+        found, x, y, w, h = find_bin(value, bins, self.bound, axis)
         ends = slopes.gather(-2, torch.cat([found, found + 1], -2))
         d0, d1 = (F.softplus(ends + ZERO_SLOPE) + MIN_SLOPE).unbind(-2)
         return x, y, w, h, d0, d1
@@ -119,6 +110,100 @@ class RationalQuadraticSpline(Transformer):
         value = y + h * (s * xi * xi + d0 * mixed) / denominator
         numerator = d1 * xi * xi + 2 * s * mixed + d0 * rest * rest
         return value, (s / denominator).square() * numerator
+
+
+class LinearSpline(Transformer):
+    r"""Monotone linear interpolation between learned knots, with a learned output box.
+
+    Knots :math:`(x^{(k)}, y^{(k)})` cut :math:`[-B, B]` into :math:`K` bins of widths
+    :math:`w^{(k)}` and heights :math:`h^{(k)}`,
+
+    .. math:: g(u) = y^{(k)} + \frac{h^{(k)}}{w^{(k)}} (u - x^{(k)}), \qquad z = t + e^{a} g(u).
+
+    The first and the last piece go on outside the box. The density of a flow jumps at the knots,
+    as does every derivative beyond the first: where smoothness counts, as in a model that is
+    differentiated through, take :class:`RationalQuadraticSpline`.
+
+    Args:
+        num_bins: Number of bins :math:`K`.
+        bound: Half-width :math:`B` of the box.
+
+    Shape:
+        u: ``(*batch, n)``; params: ``(*batch, n, 2 * num_bins + 2)``.
+
+    Raises:
+        ValueError: If there are fewer than 2 bins, or 1000.
+
+    Example:
+        >>> spline = LinearSpline(num_bins=4)
+        >>> z, log_slope = spline.forward(torch.tensor([0.5]), torch.zeros(1, 10))
+        >>> torch.allclose(z, torch.tensor([0.5]))
+        True
+
+    References:
+        Müller, McWilliams, Rousselle, Gross & Novák (2019), Neural Importance Sampling,
+        arXiv:1808.03856, section 4 (whose bins are equally wide, and whose box is a wall).
+    """
+
+    def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
+        self.num_bins = check_num_bins("LinearSpline", num_bins)
+        self.bound = check_positive_float("LinearSpline", "bound", bound)
+        self.params_per_dim = 2 * self.num_bins + 2
+
+    def forward(self, u: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Interpolate, then the affine map of the output box."""
+        bins, shift, log_scale = self._split(params)
+        _, x, y, w, h = find_bin(u, bins, self.bound, axis=0)
+        value = torch.addcmul(y, h / w, u - x)
+        return torch.addcmul(shift, value, log_scale.exp()), (h / w).log() + log_scale
+
+    def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The affine map undone, then interpolation the other way."""
+        bins, shift, log_scale = self._split(params)
+        value = (z - shift) * (-log_scale).exp()
+        _, x, y, w, h = find_bin(value, bins, self.bound, axis=1)
+        return torch.addcmul(x, w / h, value - y), (w / h).log() - log_scale
+
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Bin sizes ``(*batch, n, 2, K)`` and the output box."""
+        raw_bins, shift, raw_scale = params.mT.split([2 * self.num_bins, 1, 1], -2)
+        bins = bin_sizes(raw_bins.unflatten(-2, (2, self.num_bins)), self.bound)
+        return bins, shift.squeeze(-2), soft_clamp(raw_scale.squeeze(-2))
+
+
+def check_num_bins(owner: str, num_bins: Any) -> int:
+    """Return ``num_bins`` if the smallest bins leave room for it.
+
+    Raises:
+        ValueError: If it is no such number.
+    """
+    check_positive_int(owner, "num_bins", num_bins, minimum=2)
+    if num_bins * MIN_BIN >= 1:
+        raise ValueError(f"{owner} expected `num_bins` below {1 / MIN_BIN:.0f}, got {num_bins}.")
+    return int(num_bins)
+
+
+def bin_sizes(raw: Tensor, bound: float) -> Tensor:
+    """Sizes along dimension -2 that add up to the box, each of ``MIN_BIN`` of it at least."""
+    share = 1 - MIN_BIN * raw.shape[-2]
+    return torch.softmax(raw, -2) * (2 * bound * share) + 2 * bound * MIN_BIN
+
+
+def find_bin(value: Tensor, bins: Tensor, bound: float, axis: int) -> tuple[Tensor, ...]:
+    """Index of the bin that holds ``value``, its left knot, and its size.
+
+    Args:
+        value: Points on one axis, ``(*batch, n)``; one outside is in the first or last bin.
+        bins: Widths and heights, ``(*batch, 2, K, n)``.
+        bound: Half-width of the box.
+        axis: 0 for points of the input, 1 for points of the output.
+    """
+    knots = torch.cumsum(bins, -2) - bound
+    found = (knots[..., axis, :-1, :] <= value.unsqueeze(-2)).sum(-2, keepdim=True)
+    index = found.unsqueeze(-3).expand(*bins.shape[:-2], 1, bins.shape[-1])
+    w, h = (size := bins.gather(-2, index).squeeze(-2)).unbind(-2)
+    x, y = (knots.gather(-2, index).squeeze(-2) - size).unbind(-2)
+    return found, x, y, w, h
 
 
 def _quadratic_root(height: Tensor, h: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:

@@ -178,7 +178,13 @@ class AutoFlow(AutoContinuous):
 
         Returns:
             The guide itself.
+
+        Raises:
+            ValueError: If the noise is that of angles, which such coordinates do not fit.
         """
+        if self._modules["flow"].base.periodic:
+            raise ValueError(f"{type(self).__name__}.whiten expected noise over the reals, got "
+                             f"{self._modules['flow'].base!r}. Train the guide without a frame.")
         flow, like = self._modules["flow"], frame.shift  # _flow() would leave it in Pyro's store
         affine = self._affine_recipe(self.latent_dim) if affine is None else affine
         layers = [self._bijection(), affine, frame]

@@ -37,6 +37,9 @@ class Feed(Protocol):
     def take(self, count: int) -> list[Tensor]:
         """Values ``(count, *shape)`` of each of the tensors for the next steps."""
 
+    def rewind(self, step: int) -> None:
+        """Go back to one of the steps supplied last, whose values become the live ones."""
+
 
 Estimates = Callable[[], tuple[Tensor, Tensor]]  # -> ELBO of each particle, latents
 
@@ -232,6 +235,8 @@ class Loop:
     def _roll_back(self, stepper: Stepper) -> None:
         """Back to the last snapshot, at half the rate."""
         step = len(self.history.elbo)
+        if self.feed is not None:
+            self.feed.rewind(step)
         site = self._site(stepper)
         self.history.rollbacks.append((step, site))
         stepper.state.roll_back()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pyro_nfvi.engine.compiled import Compiled
 from pyro_nfvi.inference.importance import bisected, scored
-from pyro_nfvi.inference.log_joint import LogJoint
 
 FAILURE_WORK = 1000.0  # times the work, if points have to be told apart one by one
 UNKNOWN_WORK = 1e5  # numbers a point, of a model that cannot be recorded
@@ -23,7 +24,7 @@ class Score:
     zero. A model that draws minibatches keeps to one, so that two calls can be compared.
 
     Args:
-        log_joint: The model and its data.
+        log_joint: The model and its data, or another log density of rows.
 
     Shape:
         z: ``(n, D)``; result: ``(n,)`` and ``(n, D)``.
@@ -33,7 +34,7 @@ class Score:
         non_finite: How many of them were not finite.
     """
 
-    def __init__(self, log_joint: LogJoint) -> None:
+    def __init__(self, log_joint: Callable[[Tensor], Tensor]) -> None:
         self.log_joint = log_joint
         self.evaluations = self.non_finite = 0
         self.failed = False  # whether a matrix had no factor somewhere, which takes a search
@@ -118,7 +119,8 @@ def elbo_of(terms: Tensor, dim: int = -1) -> Tensor:
     return mean + (count / terms.shape[dim]).log()
 
 
-def _value_and_gradient(log_joint: LogJoint, live: Tensor) -> tuple[Tensor, Tensor]:
+def _value_and_gradient(log_joint: Callable[[Tensor], Tensor], live: Tensor
+                        ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         z = live.detach().requires_grad_()
         log_p = log_joint(z)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from pyro_nfvi._shapes import type_name
+from pyro_nfvi.inference import minibatches
 
 if TYPE_CHECKING:
     from pyro_nfvi.vae.likelihoods import Likelihood
 
 Data = tuple[Tensor, Tensor | None]  # data and what of them was seen
-BLOCK_BYTES = 2 ** 26  # of minibatches gathered at once
 
 
 def shaped_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Data:
@@ -69,10 +69,8 @@ def checked_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Dat
     return x, mask
 
 
-class Minibatches:
+class Minibatches(minibatches.Minibatches):
     """Data in random order, batch by batch and epoch by epoch: the feed of a training loop.
-
-    The last batch of an epoch is filled up with other data, marked as not to count.
 
     Args:
         data: Data and mask.
@@ -81,57 +79,17 @@ class Minibatches:
 
     Attributes:
         live: Data, mask (if any), which of them count, and the weight.
-        most: Largest number of steps to supply at once.
-        step: Number of steps supplied.
     """
 
     def __init__(self, data: Data, batch_size: int, weight: Callable[[int], float]) -> None:
-        self.data = [part.contiguous() for part in data if part is not None]  # row by row
+        super().__init__([part for part in data if part is not None], batch_size)
         self.weight = weight
-        self.num_data = len(data[0])
-        self.batch_size = min(batch_size, self.num_data)
-        self.num_batches = -(-self.num_data // self.batch_size)  # an epoch
-        # With a generator of its own: batches are ordered ahead of the noise of other steps, by
-        # the clock.
-        seed = int(torch.randint(2 ** 62, ()))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.order = self.supplied = torch.empty(0, self.batch_size, dtype=torch.long)
-        self.step = 0
-        batch_bytes = self.batch_size * sum(part[0].nbytes for part in self.data)
-        self.most = max(1, BLOCK_BYTES // batch_bytes)
-        first = torch.arange(self.batch_size)
-        self.live = [*(part[first] for part in self.data),
-                     torch.ones(self.batch_size, dtype=torch.bool, device=data[0].device),
-                     data[0].new_ones(())]
+        self.live.append(data[0].new_ones(()))
 
     def take(self, count: int) -> list[Tensor]:
         """The next batches: each tensor of ``live`` with a first dimension of steps."""
-        while len(self.order) < count:
-            self.order = torch.cat([self.order, self._epoch()])
-        now, self.order = self.order[:count], self.order[count:]
-        steps = range(self.step, self.step + count)
-        self.step, self.supplied, like = steps.stop, now, self.data[0]
-        counts = now >= 0
-        place = torch.where(counts, now, -1 - now).to(like.device)
-        weights = like.new_tensor([self.weight(step) for step in steps])
-        rows = [part.index_select(0, place.view(-1)).view(*place.shape, *part.shape[1:])
-                for part in self.data]
-        return [*rows, counts.to(like.device), weights]
-
-    def rewind(self, step: int) -> None:
-        """Go back to one of the steps supplied last, whose batch becomes the live one."""
-        unused = self.step - step
-        order = torch.cat([self.supplied[len(self.supplied) - unused:], self.order])
-        self.order, self.step = order, step
-        for live, values in zip(self.live, self.take(1), strict=True):
-            live.copy_(values[0])
-        self.order, self.step = order, step
-
-    def _epoch(self) -> Tensor:
-        """Places of one epoch's batches; those that do not count are written as -1 - place."""
-        order = torch.randperm(self.num_data, generator=self.generator)
-        extra = self.num_batches * self.batch_size - self.num_data
-        return torch.cat([order, -1 - order[:extra]]).view(self.num_batches, self.batch_size)
+        weights = [self.weight(step) for step in range(self.step, self.step + count)]
+        return [*super().take(count), self.live[-1].new_tensor(weights)]
 
 
 def _with_lengths(x: Any, mask: Any, likelihood: Likelihood) -> tuple[Any, Any]:

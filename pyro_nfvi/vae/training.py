@@ -142,11 +142,6 @@ class _Epochs(Loop):
         left = -len(self.history.elbo) % self.minibatches.num_batches
         return min(count, left or self.minibatches.num_batches)
 
-    def _roll_back(self, stepper: Stepper) -> None:
-        """The batch that failed is tried again."""
-        self.minibatches.rewind(len(self.history.elbo))
-        super()._roll_back(stepper)
-
     def _look(self, stepper: Stepper) -> None:
         super()._look(stepper)
         size = self.minibatches.num_batches

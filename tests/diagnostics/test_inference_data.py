@@ -145,6 +145,7 @@ def test_a_subsampled_plate_shows_a_minibatch_and_no_index_site():
     assert data.observed_data.sizes["rows"] == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_particle_by_particle_gives_the_same_groups():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

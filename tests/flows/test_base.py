@@ -19,6 +19,7 @@ from pyro_nfvi.flows import (
     MixtureOfFlows,
     MultivariateStudentT,
     StudentT,
+    UniformAngles,
 )
 from pyro_nfvi.testing import perturb
 from tests.cases import BASES
@@ -32,6 +33,13 @@ def make(name: str, input_dim: int = 3, device="cpu"):
     return perturb(base).to(device).double()
 
 
+class OnTheCircle(td.Uniform):
+    """Uniform over one turn, at any number that stands for an angle."""
+
+    def log_prob(self, value):
+        return super().log_prob((value + math.pi) % (2 * math.pi) - math.pi)
+
+
 def truth(base) -> td.Distribution:
     """The same base, of torch's and Pyro's own parts."""
     if isinstance(base, Gaussian):
@@ -41,6 +49,8 @@ def truth(base) -> td.Distribution:
     if isinstance(base, MultivariateStudentT):
         eye = torch.eye(base.input_dim).to(base.zeros)
         return pd.MultivariateStudentT(base.df, base.zeros, eye)
+    if isinstance(base, UniformAngles):
+        return td.Independent(OnTheCircle(base.zeros - math.pi, base.zeros + math.pi), 1)
     if isinstance(base, MixtureOfFlows):
         layers = [flow.bijection for flow in base.flows]
         parts = td.MultivariateNormal(torch.stack([layer.shift() for layer in layers]),

@@ -40,7 +40,8 @@ from pyro_nfvi.flows import (
 from tests.cases import BASES, RECIPES
 
 LAYERS = [Diagonal, flows.Triangular, flows.LULinear, LowRank, Householder, Planar, flows.Radial,
-          Sylvester, Coupling, Autoregressive]
+          Sylvester, Coupling, Autoregressive, flows.Elementwise, flows.BlockAutoregressive,
+          flows.AngularDiagonal]
 ROWS = torch.zeros(5, 3)
 
 

@@ -952,7 +952,7 @@ def test_a_site_that_disappears_is_named():
     ({"init_loc_fn": 3}, "expected `init_loc_fn` to be a function, got int"),
     ({"plate": 3}, "expected `plate` to be the name of a plate, got 3"),
     ({"num_layer": 2}, "num_layer"),
-    ({"hidden": 2}, "takes num_layers, hidden_dims, activation"),
+    ({"hidden": 2}, "takes num_layers, num_passes, hidden_dims, activation"),
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_arguments_of_another_kind_are_refused_at_once(kwargs, message):
     options = {"model": normal, "encoder": encoder(), **kwargs}

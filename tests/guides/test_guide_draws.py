@@ -16,7 +16,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoStructured,
 )
-from torch.distributions import constraints
+from torch.distributions import StickBreakingTransform, constraints
 
 from pyro_nfvi import AutoFlow, Posterior, planar, to_arviz
 from pyro_nfvi._random import map_random
@@ -39,9 +39,13 @@ def structured(model):
     return AutoStructured(model, conditionals=kinds, dependencies={"mu": {"scale": "linear"}})
 
 
+SHARE = dist.TransformedDistribution(dist.Normal(torch.tensor([0.2, 0.5]), 0.5).to_event(1),
+                                     StickBreakingTransform())
+
+
 def plain(y):
     scale = pyro.sample("scale", dist.LogNormal(0.3, 0.2))
-    pyro.sample("share", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
+    pyro.sample("share", SHARE)
     with pyro.plate("row", 3):
         pyro.sample("mu", dist.Normal(0.5 * scale, 0.4))
 
@@ -77,7 +81,7 @@ def test_the_density_of_a_function_is_that_of_its_distributions():
     assert log_q.shape == (2, 4)
     values, log_det = draws.layout.constrain(z)
     expected = (dist.LogNormal(0.3, 0.2).log_prob(values["scale"])
-                + dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])).log_prob(values["share"])
+                + SHARE.log_prob(values["share"])
                 + dist.Normal(0.5 * values["scale"].unsqueeze(-1), 0.4)
                 .log_prob(values["mu"]).sum(-1) + log_det)
     torch.testing.assert_close(log_q, expected, rtol=1e-4, atol=1e-4)
@@ -99,7 +103,7 @@ def test_a_guide_with_control_flow_runs_draw_by_draw():
 
     def branching(y):
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-        pyro.sample("share", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("share", SHARE)
         loc = 1.0 if scale > 1 else -1.0
         with pyro.plate("row", 3):
             pyro.sample("mu", dist.Normal(loc, 0.1))

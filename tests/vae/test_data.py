@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
+from pyro_nfvi.inference import minibatches
 from pyro_nfvi.vae import (
     Bernoulli,
     Categorical,
@@ -17,7 +18,6 @@ from pyro_nfvi.vae import (
     NegativeBinomial,
     Poisson,
 )
-from pyro_nfvi.vae import data as module
 from pyro_nfvi.vae.data import Minibatches, checked_data, shaped_data
 
 LIKE = torch.zeros(())
@@ -249,9 +249,9 @@ def test_a_feed_goes_back_to_a_step_and_shows_it(unused):
 
 
 def test_large_data_are_gathered_a_few_batches_at_a_time(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_BYTES", 4 * 4 * 6)
+    monkeypatch.setattr(minibatches, "BLOCK_BYTES", 4 * 4 * 6)
     assert batches(10, 4).most == 6
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(minibatches, "BLOCK_BYTES", 1)
     assert batches(10, 4).most == 1
 
 
