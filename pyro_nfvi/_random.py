@@ -38,12 +38,17 @@ def map_random(function: Callable, rows: Tensor, randomness: str = "different") 
         return torch.func.vmap(function, randomness=randomness)(rows)
 
 
+def one_by_one(function: Callable, rows: Tensor) -> Any:
+    """Results of a function at each row, stacked."""
+    return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
+
+
 def map_random_or_loop(function: Callable, rows: Tensor, randomness: str = "different") -> Any:
     """As :func:`map_random`, or row by row if the function is one that vmap cannot batch."""
     try:
         return map_random(function, rows, randomness)
     except (RuntimeError, ValueError):
-        return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
+        return one_by_one(function, rows)
 
 
 class OutOfPlaceRandom(TorchFunctionMode):

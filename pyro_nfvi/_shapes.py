@@ -40,6 +40,27 @@ def check_positive_float(owner: str, argument: str, value: Any) -> float:
     return float(value)
 
 
+def check_seed(owner: str, seed: Any) -> int | None:
+    """Return ``seed`` if it is an integer or None.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        raise ValueError(f"{owner} expected `seed` to be an integer or None, got {seed!r}.")
+    return seed
+
+
+def check_seconds(owner: str, argument: str, value: Any) -> float:
+    """Return ``value`` as a float if it is a number above zero, or infinity.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    endless = isinstance(value, float) and value == float("inf")
+    return value if endless else check_positive_float(owner, argument, value)
+
+
 def check_tensor(owner: str, argument: str, value: Any, size: int) -> Tensor:
     """Return ``value`` if it is a floating-point tensor of shape ``(*batch, size)``.
 

@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi._shapes import (
+    check_positive_float,
+    check_positive_int,
+    check_seconds,
+    check_seed,
+    type_name,
+)
 from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import auto
 from pyro_nfvi.guides import AutoFlow
@@ -91,8 +97,8 @@ class NFVI:
         self.num_particles = check_positive_int("NFVI", "num_particles", num_particles)
         self.num_steps = check_positive_int("NFVI", "num_steps", num_steps)
         self.lr = check_positive_float("NFVI", "lr", lr)
-        self.max_seconds = _checked_seconds(max_seconds)
-        self.seed, self.dtype = _checked_seed(seed), _checked_dtype(dtype)
+        self.max_seconds = check_seconds("NFVI", "max_seconds", max_seconds)
+        self.seed, self.dtype = check_seed("NFVI", seed), _checked_dtype(dtype)
         self.device, self.compile = _checked_device(device), check_tier("NFVI", compile)
         self.progress = progress
 
@@ -245,22 +251,11 @@ def _checked_objective(objective: Any) -> Callable:
     return checked
 
 
-def _checked_seconds(max_seconds: Any) -> float:
-    endless = isinstance(max_seconds, float) and max_seconds == math.inf
-    return math.inf if endless else check_positive_float("NFVI", "max_seconds", max_seconds)
-
-
 def _checked_dtype(dtype: Any) -> torch.dtype | None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"NFVI expected `dtype` to be a floating-point torch.dtype such as "
                          f"torch.float64, got {dtype!r}.")
     return dtype
-
-
-def _checked_seed(seed: Any) -> int | None:
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"NFVI expected `seed` to be an integer or None, got {seed!r}.")
-    return seed
 
 
 def _checked_device(device: Any) -> torch.device | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,22 @@ class Fit:
     sample: ImportanceSample
     history: History
     refit: Callable[[int], Any] | None = None
+
+    @cached_property
+    def score(self) -> Score:
+        """The log joint and its gradient."""
+        return Score(self.log_joint)
+
+    @cached_property
+    def not_one_function(self) -> str:
+        """Why the posterior cannot be looked at elsewhere, or an empty string."""
+        z = self.sample.z
+        usable = self.sample.finite & z.isfinite().all(-1)
+        if usable.sum() < 2 * z.shape[-1] + 2:
+            return "too few draws have a finite log joint"
+        if self.log_joint.subsamples(z[usable][0]):
+            return MINIBATCHES
+        return ""
 
 
 def diagnose(fit: Fit, restarts: int = 0, progress: bool = True) -> Report:
@@ -123,10 +140,10 @@ def _tails(sites: SiteWeights | None, sample: ImportanceSample) -> Check:
 
 def _drift(fit: Fit) -> Check:
     """Whether short exact chains stay where the fit says the posterior is."""
-    if reason := _not_one_function(fit):
+    if reason := fit.not_one_function:
         return Check("drift", "skipped", reason)
     try:
-        found = drift(Score(fit.log_joint), fit.density, fit.sample, fit.log_joint.layout, BUDGET)
+        found = drift(fit.score, fit.density, fit.sample, fit.log_joint.layout, BUDGET)
     except NotImplementedError as error:
         return Check("drift", "skipped", str(error))
     except torch.linalg.LinAlgError:
@@ -141,9 +158,9 @@ def _drift(fit: Fit) -> Check:
 @torch.no_grad()
 def _missed(fit: Fit) -> Check:
     """Whether there is mass where the guide hardly draws."""
-    if reason := _not_one_function(fit):
+    if reason := fit.not_one_function:
         return Check("missed mass", "skipped", reason)
-    score, z = Score(fit.log_joint), fit.sample.z
+    score, z = fit.score, fit.sample.z
     center = z[z.isfinite().all(-1)].mean(0)
     start = gaussian_start(score, starting_points(fit.log_joint, center))
     if start is None:
@@ -192,17 +209,6 @@ def _log_evidence(sample: ImportanceSample) -> float:
     return torch.logsumexp(terms, 0).item() - math.log(sample.num_samples)
 
 
-def _not_one_function(fit: Fit) -> str:
-    """Why the posterior cannot be looked at elsewhere, or an empty string."""
-    z = fit.sample.z
-    usable = fit.sample.finite & z.isfinite().all(-1)
-    if usable.sum() < 2 * z.shape[-1] + 2:
-        return "too few draws have a finite log joint"
-    if fit.log_joint.subsamples(z[usable][0]):
-        return MINIBATCHES
-    return ""
-
-
 # ---------------------------------------------------------------------- the end of the fit
 
 def _slope(history: History) -> Check:
@@ -230,7 +236,7 @@ def _noise(fit: Fit) -> Check:
     """How much of the gradient, at the end, is signal."""
     flow = fit.density
     parameters = [p for p in flow.parameters() if p.requires_grad] if isinstance(flow, Flow) else []
-    if not parameters or _not_one_function(fit):
+    if not parameters or fit.not_one_function:
         return Check("gradient", "skipped", "known for flow guides of all data only")
     gradients = torch.stack([_gradient(flow, fit.log_joint, parameters)
                              for _ in range(NUM_BATCHES)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_nfvi._shapes import check_positive_int
 from pyro_nfvi.flows.bijection import Bijection
-from pyro_nfvi.flows.nets import HIDDEN_DIMS, MaskedMLP, check_network
+from pyro_nfvi.flows.nets import HIDDEN_DIMS, MaskedMLP, built_network, check_network
 from pyro_nfvi.flows.recurrent import RecurrentNet
 from pyro_nfvi.flows.transformers import NumericallyInverted, Transformer, checked_transformer
 
@@ -72,7 +72,8 @@ class Autoregressive(Bijection):
             self.conditioner = MaskedMLP(groups, self.context_dim, num_params, hidden_dims,
                                          activation)
         else:
-            self.conditioner = _built(conditioner, groups, self.context_dim, num_params)
+            self.conditioner = built_network(
+                "Autoregressive", conditioner, groups, self.context_dim, num_params, "RecurrentNet")
 
     def _groups(self) -> Tensor:
         position = torch.arange(self.input_dim)
@@ -139,17 +140,6 @@ def _span(mask: Tensor) -> slice:
     """Where ``mask`` is true, which is one run of places."""
     places = mask.nonzero().squeeze(-1)
     return slice(int(places[0]), int(places[-1]) + 1)
-
-
-def _built(conditioner: Callable[[Tensor, int, int], nn.Module], groups: Tensor,
-           context_dim: int, num_params: int) -> nn.Module:
-    network = None
-    if callable(conditioner) and not isinstance(conditioner, nn.Module):
-        network = conditioner(groups, context_dim, num_params)
-    if not isinstance(network, nn.Module):
-        raise ValueError("Autoregressive expected `conditioner` to be a constructor of a network "
-                         f"such as RecurrentNet, got {conditioner!r}.")
-    return network
 
 
 def _checked_passes(num_passes: int | None, input_dim: int) -> int:

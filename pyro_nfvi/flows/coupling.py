@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nfvi.flows.bijection import Bijection
-from pyro_nfvi.flows.nets import HIDDEN_DIMS, MLP, by_coordinate, check_network
+from pyro_nfvi.flows.nets import HIDDEN_DIMS, MLP, built_network, by_coordinate, check_network
 from pyro_nfvi.flows.transformers import Transformer, checked_transformer
 
 
@@ -69,7 +69,9 @@ class Coupling(Bijection):
             self.conditioner = MLP(self.input_dim - num_moved + self.context_dim,
                                    num_moved * num_params, hidden_dims, activation)
         else:
-            self.conditioner = _built(conditioner, moved, self.context_dim, num_params)
+            self.conditioner = built_network(
+                "Coupling", conditioner, moved, self.context_dim, num_params,
+                "partial(ConvNet, (1, 8, 8))")
 
     def _forward(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         kept = u[..., self._kept]
@@ -103,17 +105,6 @@ class Coupling(Bijection):
     def extra_repr(self) -> str:
         """Dimensions and transformer."""
         return f"{super().extra_repr()}, transformer={self.transformer!r}"
-
-
-def _built(conditioner: Callable[[Tensor, int, int], nn.Module], mask: Tensor, context_dim: int,
-           num_params: int) -> nn.Module:
-    network = None
-    if callable(conditioner) and not isinstance(conditioner, nn.Module):
-        network = conditioner(mask, context_dim, num_params)
-    if not isinstance(network, nn.Module):
-        raise ValueError("Coupling expected `conditioner` to be a constructor of a network such as "
-                         f"partial(ConvNet, (1, 8, 8)), got {conditioner!r}.")
-    return network
 
 
 def _checked_mask(mask: Sequence[bool] | Tensor | None, input_dim: int) -> Tensor:

@@ -233,6 +233,22 @@ def check_network(owner: str, hidden_dims: Any, activation: Any) -> None:
                          f"got {activation!r}.")
 
 
+def built_network(owner: str, conditioner: Any, groups: Tensor, context_dim: int, num_params: int,
+                  example: str) -> nn.Module:
+    """The network that a user's constructor makes.
+
+    Raises:
+        ValueError: If it is no constructor, or makes no network.
+    """
+    network = None
+    if callable(conditioner) and not isinstance(conditioner, nn.Module):
+        network = conditioner(groups, context_dim, num_params)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{owner} expected `conditioner` to be a constructor of a network such as "
+                         f"{example}, got {conditioner!r}.")
+    return network
+
+
 def check_angles(owner: str, angles: Any, input_dim: int) -> Tensor:
     """Which of ``input_dim`` coordinates are angles, as a boolean tensor; all of them for None.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi._shapes import check_positive_int, check_seed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,8 +62,7 @@ def check_options(owner: str, seed: Any, **counts: Any) -> None:
     """
     for name, count in counts.items():
         check_positive_int(owner, name, count)
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"{owner} expected `seed` to be an integer or None, got {seed!r}.")
+    check_seed(owner, seed)
 
 
 @torch.no_grad()

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi._shapes import (
+    check_positive_float,
+    check_positive_int,
+    check_seconds,
+    check_seed,
+    type_name,
+)
 from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import Bijection, Flow
 from pyro_nfvi.guides.pyro_dist import ConstantFlow
@@ -143,8 +149,8 @@ def fit_density(flow: Flow | Bijection | FittedFlow | Callable[..., Bijection], 
     _check_options(num_steps=num_steps, patience=patience, batch_size=batch_size,
                    num_particles=num_particles)
     check_positive_float("fit_density", "lr", lr)
-    deadline = time.monotonic() + _checked_seconds(max_seconds)
-    _check_seed(seed)
+    deadline = time.monotonic() + check_seconds("fit_density", "max_seconds", max_seconds)
+    check_seed("fit_density", seed)
     options: dict[str, Any] = {
         "num_steps": num_steps, "lr": lr, "progress": progress, "deadline": deadline,
         "compile": check_tier("fit_density", compile)}
@@ -263,16 +269,6 @@ def _warn(history: DensityHistory) -> None:
 def _check_options(**counts: Any) -> None:
     for name, count in counts.items():
         check_positive_int("fit_density", name, count)
-
-
-def _check_seed(seed: Any) -> None:
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"fit_density expected `seed` to be an integer or None, got {seed!r}.")
-
-
-def _checked_seconds(max_seconds: Any) -> float:
-    endless = isinstance(max_seconds, float) and max_seconds == math.inf
-    return math.inf if endless else check_positive_float("fit_density", "max_seconds", max_seconds)
 
 
 def _checked_objective(objective: Any) -> Callable:

@@ -13,8 +13,8 @@ from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from pyro_nfvi._random import one_by_one
 from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.guides.layout import LatentLayout
 from pyro_nfvi.guides.prototype import is_subsampled
@@ -125,7 +125,7 @@ class LogJoint:
         with self.surroundings():
             if self.batched:
                 return torch.func.vmap(function, randomness="same")(rows)
-            return tree_map(lambda *parts: torch.stack(parts), *[function(row) for row in rows])
+            return one_by_one(function, rows)
 
     def subsamples(self, z: Tensor) -> bool:
         """Whether the model draws minibatches, and so differs from run to run."""

@@ -9,12 +9,11 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import Independent
 from torch.utils._pytree import tree_map
 
-from pyro_nfvi._random import map_random_or_loop
+from pyro_nfvi._random import map_random_or_loop, one_by_one
 from pyro_nfvi.inference.log_joint import LogJoint, is_data, is_deterministic
 
 CHUNK = 500  # draws that the model is run for at a time
@@ -111,14 +110,6 @@ def latent_names(log_joint: LogJoint) -> set[str]:
     return {site.name for site in log_joint.layout}
 
 
-def factor_names(log_joint: LogJoint, z: Tensor) -> list[str]:
-    """Names of the model's ``pyro.factor`` statements."""
-    with log_joint.surroundings():
-        nodes = log_joint.trace(z).nodes
-    return [name for name, node in nodes.items() if node["type"] == "sample"
-            and site_is_factor(node)]
-
-
 def is_shown(node: dict[str, Any]) -> bool:
     """Whether a node of a trace without observations is one that ArviZ is shown."""
     unobserved = {**node, "is_observed": True}
@@ -158,4 +149,4 @@ def _map(log_joint: LogJoint, function: Callable[[Tensor], Values], rows: Tensor
     with log_joint.surroundings():
         if log_joint.batched:
             return map_random_or_loop(function, rows, randomness)
-        return tree_map(lambda *pieces: torch.stack(pieces), *[function(row) for row in rows])
+        return one_by_one(function, rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int
+from pyro_nfvi._shapes import check_positive_float, check_positive_int, check_seed
 from pyro_nfvi.engine import Stepper, check_tier
 from pyro_nfvi.inference import History, Loop
 from pyro_nfvi.inference.loop import MAX_ROLLBACKS
@@ -71,7 +71,7 @@ def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
     check_positive_int("VAE.fit", "warm_up", warm_up, minimum=0)
     _check_weight("beta", beta)
     _check_weight("free_bits", free_bits)
-    _check_seed(seed)
+    check_seed("VAE.fit", seed)
     if not any(p.requires_grad for p in vae.parameters()):
         raise ValueError("VAE.fit expected parameters to train, got only frozen ones. Thaw some: "
                          "vae.requires_grad_().")
@@ -230,9 +230,6 @@ def _check_weight(name: str, value: Any) -> None:
         raise ValueError(f"VAE.fit expected `{name}` to be a number >= 0, got {value!r}.")
 
 
-def _check_seed(seed: Any) -> None:
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise ValueError(f"VAE.fit expected `seed` to be an integer or None, got {seed!r}.")
 
 
 def _checked_validation(vae: VAE, validation: Any, patience: Any) -> Data | None:
