@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     )
     from pyro_nfvi.inference import (
         ELBO,
+        ArrayLoader,
         AutoPathfinder,
+        Checkpoint,
         CompiledTrace_ELBO,
         CompiledTraceMeanField_ELBO,
         FittedFlow,
+        LostProcess,
         fit_density,
     )
     from pyro_nfvi.nfvi import NFVI
@@ -58,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ELBO",
     "NFVI",
+    "ArrayLoader",
     "AutoAmortizedFlow",
     "AutoFlow",
     "AutoGaussian",
@@ -67,9 +71,11 @@ __all__ = [
     "AutoRadial",
     "AutoSpline",
     "Calibration",
+    "Checkpoint",
     "CompiledTraceMeanField_ELBO",
     "CompiledTrace_ELBO",
     "FittedFlow",
+    "LostProcess",
     "Posterior",
     "bnaf",
     "calibrate",
@@ -100,7 +106,8 @@ __all__ = [
 _HOMES = {"NFVI": "nfvi", "Posterior": "posterior", "to_arviz": "posterior",
           "Calibration": "calibration", "calibrate": "calibration",
           "compare": "diagnostics", "ELBO": "inference",
-          "AutoPathfinder": "inference",
+          "ArrayLoader": "inference", "AutoPathfinder": "inference",
+          "Checkpoint": "inference", "LostProcess": "inference",
           "CompiledTrace_ELBO": "inference",
           "CompiledTraceMeanField_ELBO": "inference", "FittedFlow": "inference",
           "fit_density": "inference", "plot_flow": "plots"}

@@ -27,6 +27,19 @@ def forked_rng(seed: int | None = None) -> Iterator[None]:
         yield
 
 
+def rng_state() -> list[Tensor]:
+    """The random state of the CPU and, once it is in use, of the current GPU."""
+    gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpu]
+
+
+def set_rng_state(state: list[Tensor]) -> None:
+    """Go back to what :func:`rng_state` returned."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1])
+
+
 def map_random(function: Callable, rows: Tensor, randomness: str = "different") -> Any:
     """``torch.func.vmap`` of a function that draws random numbers, over the rows of a tensor.
 

@@ -5,10 +5,13 @@ Every message names the owner, the argument, what was expected, what came, and t
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
+
+MAX_INT = 2 ** 31  # no count is as large; torch's own limit is 2 ** 63
 
 
 def type_name(value: Any) -> str:
@@ -25,7 +28,57 @@ def check_positive_int(owner: str, argument: str, value: Any, minimum: int = 1) 
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{owner} expected `{argument}` to be an integer >= {minimum}, "
                          f"got {value!r}.")
+    if value >= MAX_INT:
+        raise ValueError(f"{owner} expected `{argument}` to be an integer below 2**31, got "
+                         f"{value!r}.")
     return value
+
+
+def check_file_name(owner: str, path: Any) -> None:
+    """Check that ``path`` is of a kind that names a file.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise ValueError(f"{owner} expected `path` to be the path of a file, got {path!r}.")
+
+
+def check_flag(owner: str, argument: str, value: Any) -> bool:
+    """Return ``value`` if it is true or false.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if type_name(value) not in ("bool", "bool_") and not (isinstance(value, int)
+                                                          and value in (0, 1)):
+        raise ValueError(f"{owner} expected `{argument}` to be True or False, got {value!r}.")
+    return bool(value)
+
+
+def check_names(owner: str, argument: str, names: Any) -> list[str]:
+    """Return ``names``, one string or several, as a list.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    listed = [names] if isinstance(names, str) else \
+        list(names) if isinstance(names, (list, tuple, set, frozenset, range)) else [names]
+    if not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{owner} expected `{argument}` to be a list of names, got "
+                         f"{names!r}.")
+    return listed
+
+
+def check_axes(owner: str, ax: Any) -> None:
+    """Check that ``ax`` is None or something to draw on.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if ax is not None and not hasattr(ax, "plot"):
+        raise ValueError(f"{owner} expected `ax` to be matplotlib axes or None, got "
+                         f"{type_name(ax)}. Make some: matplotlib.pyplot.subplots()[1].")
 
 
 def check_positive_float(owner: str, argument: str, value: Any) -> float:
@@ -109,17 +162,21 @@ def check_dtype(owner: str, argument: str, value: Tensor, reference: Tensor | No
                      f"{argument}.to({reference.dtype}), or {owner.lower()}.to({value.dtype}).")
 
 
-def check_sample_shape(owner: str, sample_shape: Any) -> torch.Size:
+def check_sample_shape(owner: str, sample_shape: Any, argument: str = "sample_shape"
+                       ) -> torch.Size:
     """Return ``sample_shape`` as a ``torch.Size``.
 
     Raises:
         ValueError: If it is no sequence of integers.
     """
     try:
-        return torch.Size(sample_shape)
-    except TypeError:
-        raise ValueError(f"{owner} expected `sample_shape` to be a tuple such as (100,), "
-                         f"got {sample_shape!r}.") from None
+        shape = torch.Size(sample_shape)
+    except (TypeError, OverflowError):
+        shape = None
+    if shape is None or any(size < 0 for size in shape):
+        raise ValueError(f"{owner} expected `{argument}` to be a tuple such as (100,), "
+                         f"got {sample_shape!r}.")
+    return shape
 
 
 def broadcast_batch(owner: str, argument: str, value: Tensor, context: Tensor | None

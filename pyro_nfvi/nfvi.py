@@ -6,19 +6,18 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from os import PathLike
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from pyro_nfvi._random import forked_rng
+from pyro_nfvi._random import forked_rng, rng_state, set_rng_state
 from pyro_nfvi._shapes import (
+    check_flag,
     check_positive_float,
     check_positive_int,
     check_seconds,
@@ -28,10 +27,14 @@ from pyro_nfvi._shapes import (
 from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import auto
 from pyro_nfvi.guides import AutoFlow
-from pyro_nfvi.inference import ELBO, History, LogJoint
-from pyro_nfvi.inference.checks import check_data, check_sites
-from pyro_nfvi.inference.log_joint import default_dtype, first_bad
+from pyro_nfvi.inference import ELBO, Checkpoint, History
+from pyro_nfvi.inference.checkpoint import CheckpointStore
+from pyro_nfvi.inference.distributed import DistributedTeam, LostProcess
+from pyro_nfvi.inference.kept import Kept, described, identity, way_on
+from pyro_nfvi.inference.log_joint import default_dtype
+from pyro_nfvi.inference.problem import Problem, Setup
 from pyro_nfvi.inference.stages import Options, Stages
+from pyro_nfvi.inference.team import Alone, Team
 from pyro_nfvi.posterior import Posterior
 
 
@@ -68,6 +71,13 @@ class NFVI:
             step, for a debugger, say. The others are ``"c"`` (generated C code), ``"inductor"``,
             ``"cuda_graph"`` and ``"fx"``.
         progress: Whether to show progress bars.
+        checkpoint: Folder in which to keep the state of the fit, every minute and when a signal
+            ends it; :class:`~pyro_nfvi.Checkpoint` sets how often. The same call, run again, goes
+            on from there, bit for bit on the same machine; once the fit is complete it returns at
+            once what was found. Default: nothing is kept.
+        distributed: ``"auto"`` shares the fit between the processes that ``torchrun`` has
+            started: each estimates a part of the particles, or of the rows of every minibatch.
+            The result is that of one process, to rounding. Default: this process alone.
 
     Raises:
         ValueError: If an argument is of another kind.
@@ -91,7 +101,9 @@ class NFVI:
                  num_steps: int = 3000, lr: float = 0.03,
                  max_seconds: float = math.inf, seed: int | None = None,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                 compile: str = "auto", progress: bool = True) -> None:
+                 compile: str = "auto", progress: bool = True,
+                 checkpoint: Checkpoint | str | PathLike | None = None,
+                 distributed: str | None = None) -> None:
         self.model, self.guide = _checked_model(model), _checked_guide(guide)
         self.objective = ELBO() if objective is None else _checked_objective(objective)
         self.num_particles = check_positive_int("NFVI", "num_particles", num_particles)
@@ -100,12 +112,23 @@ class NFVI:
         self.max_seconds = check_seconds("NFVI", "max_seconds", max_seconds)
         self.seed, self.dtype = check_seed("NFVI", seed), _checked_dtype(dtype)
         self.device, self.compile = _checked_device(device), check_tier("NFVI", compile)
-        self.progress = progress
+        self.progress = check_flag("NFVI", "progress", progress)
+        self.checkpoint = Checkpoint.of("NFVI", checkpoint)
+        self.distributed = _checked_distributed(distributed)
 
-    def run(self, *args: Any, **kwargs: Any) -> Posterior:
+    def run(self, *args: Any, loader: Iterable | None = None, **kwargs: Any) -> Posterior:
         """Fit the model to these arguments.
 
         Ctrl-C ends the fit early and returns the posterior so far, with a warning.
+
+        Args:
+            *args: Arguments of the model.
+            loader: Minibatches, by a :class:`~pyro_nfvi.ArrayLoader` or a
+                ``torch.utils.data.DataLoader``. Their tensors follow the arguments; a dict of
+                tensors joins the keyword arguments. The model says by its plate how many rows
+                there are: ``pyro.plate("data", num_rows, subsample_size=len(x))``. Draws are
+                weighted by all rows at the end.
+            **kwargs: Keyword arguments of the model.
 
         Returns:
             The posterior.
@@ -115,115 +138,104 @@ class NFVI:
                 log joint is not finite at the start.
         """
         random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
-        refit = self._refit(args, kwargs)
-        with random_state:
-            guide, fresh, log_joint = self._prepared(args, kwargs)
-            with default_dtype(log_joint.dtype):
-                stages = Stages(guide, log_joint, self._options())
-                whole = fresh and not guide._flow().base.periodic  # no Gaussian fits a circle
-                stages.run() if whole else stages.go_on()
-                posterior = Posterior(guide, log_joint, stages.history, stages.sample, refit)
+        refit = self._refit(args, kwargs, loader)
+        with random_state, self._team() as team, self._store(team) as store:
+            problem = self._setup(team)(args, kwargs, loader)
+            with default_dtype(problem.log_joint.dtype):
+                stages = self._stages(problem, team, store)
+                stages.run()
+                posterior = Posterior(problem.guide, problem.whole, stages.history, stages.sample,
+                                      refit)
                 with suppress(KeyboardInterrupt):  # draws can wait, a fit must not be lost
-                    _ = posterior.draws  # while the seed holds
-        _warn(stages.history)
+                    posterior.draws, state = team.lead(  # while the seed holds
+                        lambda: (posterior.draws, rng_state()))
+                    set_rng_state(state)
+                    stages.finish(posterior.draws)
+        if team.leads:
+            _warn(stages.history, self.checkpoint)
         return posterior
 
-    def _refit(self, args: tuple, kwargs: dict) -> Callable[[int], Posterior] | None:
+    @contextmanager
+    def _team(self) -> Iterator[Team]:
+        """The processes that share the fit, from the same random state on."""
+        team: Team = DistributedTeam.of("NFVI", self.distributed, self.device) or Alone()
+        if self.num_particles % team.size:
+            raise ValueError(f"NFVI expected `num_particles` to be a multiple of the {team.size} "
+                             f"processes, got {self.num_particles}.")
+        try:
+            if team.size > 1:
+                set_rng_state(team.share(rng_state()))
+            yield team
+        except LostProcess as error:
+            if self.checkpoint is None:
+                raise
+            raise LostProcess(f"{error} It goes on from the last checkpoint in "
+                              f"{str(self.checkpoint.folder)!r}.") from error
+
+    @contextmanager
+    def _store(self, team: Team) -> Iterator[CheckpointStore | None]:
+        """Where checkpoints go, in the process that writes them."""
+        opened: list[CheckpointStore] = []
+        if self.checkpoint is not None:
+            checkpoint = self.checkpoint
+            team.lead(lambda: opened.append(CheckpointStore(checkpoint, "NFVI")))
+        with opened[0] if opened else nullcontext() as store:
+            yield store
+
+    def _setup(self, team: Team) -> Setup:
+        guide = self.guide or AutoFlow(self.model, auto)
+        return Setup(self.model, guide, self.dtype, self.device, self.num_particles,
+                     self.progress and team.leads, team)
+
+    def _stages(self, problem: Problem, team: Team, store: CheckpointStore | None) -> Stages:
+        """The stages of the fit, at its start or where a checkpoint says it was."""
+        deadline = time.monotonic() + self.max_seconds
+        options = Options(self.objective, self.num_particles, self.num_steps, self.lr,
+                          self.compile, self.progress and team.leads, deadline)
+        if self.checkpoint is None:
+            stages, known = Stages(problem, options, team), None
+        else:
+            kept = Kept(store, self._identity(problem))
+            stages, known = Stages(problem, options, team, kept), team.lead(kept.latest)
+        if known is not None:
+            stages.go_on(known)
+        elif team.size > 1:  # a guide that was built before may differ
+            stages.restore(team.share(stages.snapshot()))
+        return stages
+
+    def _identity(self, problem: Problem) -> dict[str, Any]:
+        """What must be the same for a fit to go on from a checkpoint."""
+        options = ("seed", "num_particles", "num_steps", "lr")
+        return {**identity(problem), "`objective`": described(self.objective),
+                **{f"`{name}`": getattr(self, name) for name in options}}
+
+    def _refit(self, args: tuple, kwargs: dict, loader: Iterable | None
+               ) -> Callable[[int], Posterior] | None:
         """The same fit from another seed, unless the guide has been trained before."""
         if self.guide is not None and not self.guide.untouched:
             return None
         template = copy.copy(self)
         template.guide, template.progress = copy.deepcopy(self.guide), False
-        return partial(_fit_again, template, args, kwargs)
-
-    def _prepared(self, args: tuple, kwargs: dict) -> tuple[AutoFlow, bool, LogJoint]:
-        """The guide, whether it is new, and the log joint, in the type of the fit.
-
-        That is double precision on a CPU, unless the model holds on to another.
-        """
-        guide = self.guide or AutoFlow(self.model, auto)
-        fresh = guide.untouched
-        if self.dtype is not None or not self._on_cpu(args, kwargs):
-            return guide, fresh, self._set_up(guide, args, kwargs, self.dtype)
-        dtype = torch.float64 if fresh else guide._flow().base.zeros.dtype
-        store, built = pyro.get_param_store(), guide.prototype_trace is not None
-        known = set(store)
-        try:
-            return guide, fresh, self._set_up(guide, args, kwargs, dtype)
-        except RuntimeError:  # single precision inside the model, or an error it has anyway
-            if not built:
-                guide.prototype_trace = None
-            for name in set(store) - known:  # made in the wrong type
-                del store[name]
-        return guide, fresh, self._set_up(guide, args, kwargs, None)
-
-    def _on_cpu(self, args: tuple, kwargs: dict) -> bool:
-        """Whether the fit runs on a CPU."""
-        if self.device is not None:
-            return self.device.type == "cpu"
-        return all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs))
-                   if isinstance(leaf, Tensor))
-
-    def _set_up(self, guide: AutoFlow, args: tuple, kwargs: dict, dtype: torch.dtype | None
-                ) -> LogJoint:
-        args, kwargs = self._converted(args, dtype), self._converted(kwargs, dtype)
-        with default_dtype(dtype):
-            try:
-                guide.setup(*args, **kwargs).to(dtype=dtype, device=self.device)
-            except ValueError as error:
-                _blame(guide, args, kwargs, error)
-            return self._log_joint(guide, args, kwargs, dtype)
-
-    def _options(self) -> Options:
-        deadline = time.monotonic() + self.max_seconds
-        return Options(self.objective, self.num_particles, self.num_steps, self.lr, self.compile,
-                       self.progress, deadline)
-
-    def _log_joint(self, guide: AutoFlow, args: tuple, kwargs: dict, dtype: torch.dtype | None
-                   ) -> LogJoint:
-        log_joint = LogJoint(self.model, args, kwargs, guide.layout, dtype)
-        z = guide._flow().rsample_and_log_prob((2,))[0].detach()
-        check_sites("NFVI", log_joint)
-        check_data("NFVI", log_joint, z[0])
-        log_joint.try_batched(z)
-        if not log_joint.batched:
-            warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
-                          f"which is slow: {log_joint.reason}", stacklevel=5)
-        return log_joint
-
-    def _converted(self, values: Any, dtype: torch.dtype | None) -> Any:
-        def convert(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(dtype=dtype if value.is_floating_point() else None,
-                            device=self.device)
-        return tree_map(convert, values)
+        template.checkpoint = template.distributed = None
+        guide_model = None if self.guide is None else self.guide.model
+        return partial(_fit_again, template, guide_model, args, {**kwargs, "loader": loader})
 
 
-def _fit_again(template: NFVI, args: tuple, kwargs: dict, seed: int) -> Posterior:
+def _fit_again(template: NFVI, guide_model: Callable | None, args: tuple, kwargs: dict, seed: int
+               ) -> Posterior:
     again = copy.copy(template)
     again.guide, again.seed = copy.deepcopy(template.guide), seed
+    if again.guide is not None:
+        again.guide._model = (guide_model,)  # which a guide that came from another process lacks
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first fit has said it
         return again.run(*args, **kwargs)
 
 
-def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> None:
-    """Name the site that is not finite where the guide would start, if that is the error."""
-    with suppress(Exception), pyro.validation_enabled(False), forked_rng():
-        trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
-        if (name := first_bad(trace)) is not None:
-            error = ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
-                               f"{name!r}. Start elsewhere: AutoFlow(model, init_loc_fn=..., "
-                               "init_scale=...).")
-    raise error
-
-
-def _warn(history: History) -> None:
+def _warn(history: History, checkpoint: Checkpoint | None) -> None:
     if history.interrupted:
         warnings.warn(f"NFVI was interrupted after {len(history.elbo)} steps; this is the "
-                      "posterior so far.", stacklevel=3)
+                      f"posterior so far.{way_on(checkpoint)}", stacklevel=3)
     if history.stopped:
         warnings.warn(f"NFVI: {history.stopped}.", stacklevel=3)
 
@@ -252,16 +264,25 @@ def _checked_objective(objective: Any) -> Callable:
 
 
 def _checked_dtype(dtype: Any) -> torch.dtype | None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"NFVI expected `dtype` to be a floating-point torch.dtype such as "
-                         f"torch.float64, got {dtype!r}.")
-    return dtype
+    if not any(dtype is kind for kind in (None, torch.float32, torch.float64)):
+        raise ValueError(f"NFVI expected `dtype` to be torch.float64 or torch.float32, got "
+                         f"{dtype!r}. Half precision has too few digits for log densities.")
+    checked: torch.dtype | None = dtype
+    return checked
 
 
 def _checked_device(device: Any) -> torch.device | None:
     try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError):
+        found = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError, OverflowError):
+        found = torch.device("meta")
+    if found is not None and found.type == "meta":
         raise ValueError(f"NFVI expected `device` to be a torch.device such as 'cuda', got "
-                         f"{device!r}.") from None
+                         f"{device!r}.")
+    return found
 
+
+def _checked_distributed(distributed: Any) -> str | None:
+    if distributed is not None and not (isinstance(distributed, str) and distributed == "auto"):
+        raise ValueError(f"NFVI expected `distributed` to be None or 'auto', got {distributed!r}.")
+    return distributed

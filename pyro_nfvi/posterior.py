@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_nfvi import storage
 from pyro_nfvi._files import check_path
-from pyro_nfvi._shapes import check_positive_int, type_name
+from pyro_nfvi._shapes import check_file_name, check_flag, check_positive_int, type_name
 from pyro_nfvi.diagnostics import (
     Report,
     Summary,
@@ -37,6 +37,7 @@ from pyro_nfvi.inference.importance import NUM_SAMPLES
 from pyro_nfvi.inference.log_joint import default_dtype
 from pyro_nfvi.inference.metropolis import metropolis
 from pyro_nfvi.inference.neutra import neutra
+from pyro_nfvi.inference.parallel import check_jobs
 from pyro_nfvi.plots import (
     fit_pictures,
     plot_elbo,
@@ -224,6 +225,7 @@ class Posterior:
             ValueError: If ``num_samples``, ``groups``, ``coords`` or ``dims`` do not fit.
         """
         check_positive_int("Posterior.to_arviz", "num_samples", num_samples)
+        check_flag("Posterior.to_arviz", "weighted", weighted)
         draws, limit = self.draws, min(num_samples, self.draws.num_samples)
         chosen = draws.resample(num_samples) if weighted else torch.arange(limit)
         stats = {"lp": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_weights}
@@ -238,8 +240,8 @@ class Posterior:
         return {"inference_library": "pyro_nfvi", "guide": guide_name(self.guide),
                 "pareto_k": self.pareto_k, "ess": self.ess, "elbo": value, "elbo_se": error}
 
-    def diagnose(self, *, restarts: int = 0, losses: Sequence[float] | None = None,
-                 progress: bool = True) -> Report:
+    def diagnose(self, *, restarts: int = 0, n_jobs: int | None = None,
+                 losses: Sequence[float] | None = None, progress: bool = True) -> Report:
         """A thorough look: everything that could be wrong, each with what to do about it.
 
         Beyond the weights that :meth:`summary` reads: k-hat of each latent site, the tails,
@@ -248,17 +250,25 @@ class Posterior:
         fits from other seeds. It takes about as long as the fit.
 
         Args:
-            restarts: How many fits from other seeds to compare this one with.
+            restarts: How many fits from other seeds to compare this one with. They can run in
+                parallel, on one thread each, through joblib: in processes by ``n_jobs``, or on a
+                cluster by ``with joblib.parallel_config(backend="dask")`` (or ``"ray"``) around
+                the call.
+            n_jobs: Number of processes for them, -1 for one for each core. Default: what
+                ``joblib.parallel_config`` says, else one after the other, here.
             losses: What ``svi.step`` returned, step by step, of a guide fitted by Pyro's SVI.
             progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: If ``restarts`` is not an integer of at least zero.
+            ValueError: If ``restarts`` is not an integer of at least zero, or ``n_jobs`` is zero
+                or no integer.
         """
         check_positive_int("Posterior.diagnose", "restarts", restarts, minimum=0)
-        history = self.history if losses is None else History([-float(loss) for loss in losses])
+        check_flag("Posterior.diagnose", "progress", progress)
+        check_jobs("Posterior.diagnose", n_jobs)
+        history = self.history if losses is None else History(_elbo_of(losses))
         fit = Fit(self.density, self.log_joint, self.draws, history, self.refit)
-        return diagnose(fit, restarts, progress)
+        return diagnose(fit, restarts, progress, n_jobs)
 
     # ------------------------------------------------------------------ rescue
 
@@ -415,11 +425,12 @@ class Posterior:
             raise ValueError(f"Posterior.save expected an AutoFlow guide, got "
                              f"{type_name(self.guide)}. Keep its draws: posterior.to_arviz()"
                              ".to_netcdf(path).")
+        check_path("Posterior.save", path)
         storage.write(path, self.guide, self.log_joint, self.history)
 
     @classmethod
-    def load(cls, path: str | PathLike, model: Callable, guide: AutoFlow | None = None
-             ) -> Posterior:
+    def load(cls, path: str | PathLike, model: Callable, guide: AutoFlow | None = None,
+             loader: Iterable | None = None) -> Posterior:
         """Read a fit; nothing in the file is executed.
 
         Args:
@@ -427,11 +438,21 @@ class Posterior:
             model: The Pyro model that was fitted.
             guide: A guide built as the fitted one was; needed only if its recipe is not one of
                 :mod:`pyro_nfvi.flows`.
+            loader: The minibatches that were fitted, if they were: files do not hold data of that
+                size.
 
         Raises:
-            ValueError: If the file is damaged, foreign or newer, or the guide does not fit it.
+            ValueError: If the file is damaged, foreign or newer, or the guide or the loader does
+                not fit it.
         """
-        return cls(*storage.read(path, model, guide))
+        check_file_name("Posterior.load", path)
+        if not callable(model):
+            raise ValueError("Posterior.load expected `model` to be the Pyro model that was "
+                             f"fitted, a function, got {type_name(model)}.")
+        if guide is not None and not isinstance(guide, AutoFlow):
+            raise ValueError("Posterior.load expected `guide` to be an AutoFlow or None, got "
+                             f"{type_name(guide)}.")
+        return cls(*storage.read(path, model, guide, loader))
 
     def __repr__(self) -> str:
         value, error = self.elbo
@@ -493,6 +514,15 @@ def _check_functions(model: Any, guide: Any) -> None:
         if not callable(value):
             raise ValueError(f"Posterior.of expected `{name}` to be a Pyro {name}, a function, got "
                              f"{type_name(value)}.")
+
+
+def _elbo_of(losses: Any) -> list[float]:
+    """Minus the losses."""
+    try:
+        return [-float(loss) for loss in losses]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError("Posterior.diagnose expected `losses` to be numbers, what svi.step "
+                         f"returned, got {losses!r}.") from None
 
 
 def _layout(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> LatentLayout:

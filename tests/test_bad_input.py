@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -121,7 +122,38 @@ def test_data_with_nan_are_counted_and_named_with_a_way_out():
         fit(model, torch.tensor([1.0, torch.nan, torch.nan]))
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (5, 1)], ids=str)
+def test_a_column_that_would_pair_off_with_a_plate_is_refused(shape):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+    with pytest.raises(ValueError, match=rf"site 'y' to be observed with values of shape "
+                                         rf"\({shape[0]},\), got \({shape[0]}, 1\). Reshape"):
+        fit(model, torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2,)], ids=str)
+def test_values_that_are_no_draws_of_their_distribution_are_refused(shape):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([3]).to_event(1), obs=y)
+    with pytest.raises(ValueError, match=r"site 'y' to be observed with values of shape \(3,\)"):
+        fit(model, torch.ones(shape))
+
+
 # ------------------------------------------------------------------ fitted all the same
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (2, 3)], ids=str)
+def test_data_beside_the_plates_are_fitted(shape):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", shape[-1]):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+    count = math.prod(shape)
+    posterior = fit(model, torch.ones(shape), num_steps=20, num_particles=8)
+    assert is_right(posterior, {"x": (count / (count + 1), (count + 1) ** -0.5)})
+
 
 def test_flat_priors_with_enough_data_are_fine():
     def model(y):

@@ -214,7 +214,8 @@ def test_an_objective_of_your_own_is_maximised():
         calls.append(num_particles)
         return ELBO()(flow, log_joint, num_particles)
     small(subsampled, objective=objective, num_steps=10, num_particles=8, compile="eager").run(Y)
-    assert calls == [8] * 10
+    assert calls[-10:] == [8] * 10
+    assert all(count < 8 for count in calls[:-10])  # to see what memory a step takes
 
 
 def test_keyword_arguments_reach_the_model():
@@ -570,7 +571,7 @@ def test_ctrl_c_returns_the_posterior_so_far_with_a_warning(at):
     calls = []
 
     def objective(flow, log_joint, num_particles):
-        calls.append(num_particles)
+        calls.extend([num_particles] * (num_particles > 4))  # fewer tell what memory a step takes
         if len(calls) == at:
             raise KeyboardInterrupt
         return ELBO()(flow, log_joint, num_particles)
@@ -607,7 +608,7 @@ def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y[chosen])
 
     def objective(flow, log_joint, num_particles):
-        steps.append(num_particles)
+        steps.extend([num_particles] * (num_particles > 4))  # fewer tell what memory a step takes
         return ELBO()(flow, log_joint, num_particles)
     with pytest.warns(UserWarning, match="NFVI: the log joint is not finite at step 5; .*'y'"):
         posterior = small(model, num_steps=60, objective=objective, compile="eager").run(Y)
@@ -647,7 +648,7 @@ def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state
     ({"seed": "abc"}, "NFVI expected `seed` to be an integer.* got 'abc'"),
     ({"seed": 1.5}, "NFVI expected `seed` .* got 1.5"),
     ({"seed": True}, "NFVI expected `seed` .* got True"),
-    ({"dtype": "float64"}, "NFVI expected `dtype` to be a floating-point torch.dtype .* got "
+    ({"dtype": "float64"}, "NFVI expected `dtype` to be torch.float64 or torch.float32, got "
                            "'float64'"),
     ({"dtype": torch.int64}, "NFVI expected `dtype` .* got torch.int64"),
     ({"dtype": float}, "NFVI expected `dtype` .* got"),

@@ -9,10 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 
-from pyro_nfvi._shapes import check_positive_int, type_name
+from pyro_nfvi._shapes import check_flag, check_names, check_positive_int, type_name
 from pyro_nfvi.calibration import plots
 from pyro_nfvi.calibration.ecdf import symmetry_p_values, uniformity_test
 from pyro_nfvi.calibration.ranks import central_ranks_of
@@ -26,6 +25,7 @@ from pyro_nfvi.calibration.runs import (
     collected,
 )
 from pyro_nfvi.calibration.simulation import OWNER, Simulator, Values
+from pyro_nfvi.inference.parallel import Surroundings, check_jobs
 
 ALPHA = 0.01  # p-values below it, corrected for their number, speak against the fit
 MAX_FAILED = 0.05  # fraction of failed fits above which the others are no fair sample
@@ -109,12 +109,14 @@ def calibrate(model: Callable, fit: Any, *args: Any, num_simulations: int = 200,
     check_positive_int(OWNER, "num_simulations", num_simulations)
     check_positive_int(OWNER, "num_draws", num_draws, 2)
     _check_options(n_jobs, seed, args_fn, quantities_fn)
+    check_flag(OWNER, "progress", progress)
+    check_flag(OWNER, "weighted", weighted)
     simulator = Simulator(model, args, kwargs, args_fn)
     refit = as_refit(fit, model, amortized)
     _check_match(simulator, refit, weighted)
     names = _checked_sites(sites, simulator)
     simulation = Simulation(simulator, refit, names, num_draws, weighted, quantities_fn,
-                             torch.get_default_dtype(), pyro.settings.get())
+                            Surroundings.here())
     seeds = _seeds(num_simulations, seed)
     if isinstance(refit, Amortized):
         check_reads(simulation, seeds)
@@ -233,7 +235,7 @@ class Calibration:
         import pandas as pd
 
         sizes = np.array([round(_checked_level("coverage", level) * (self.num_draws + 1))
-                          for level in levels])
+                          for level in _checked_levels(levels)])
         entered = self._entered(kind)
         exact = sizes / (self.num_draws + 1)
         error = np.sqrt(exact * (1 - exact) / self.num_simulations)
@@ -244,7 +246,7 @@ class Calibration:
 
     def _entered(self, kind: str) -> Arrays:
         """Number of draws that enter intervals of a kind before the truth does."""
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"Calibration expected `kind` to be 'central' or 'hdi', got {kind!r}.")
         if kind == "hdi":
             return self.hdi_ranks
@@ -441,10 +443,7 @@ def _seeds(count: int, seed: int | None) -> list[int]:
 # ------------------------------------------------------------------ checks
 
 def _check_options(n_jobs: Any, seed: Any, args_fn: Any, quantities_fn: Any) -> None:
-    whole = isinstance(n_jobs, int) and not isinstance(n_jobs, bool)
-    if n_jobs is not None and (not whole or n_jobs == 0):
-        raise ValueError(f"{OWNER} expected `n_jobs` to be a number of processes, -1 for all "
-                         f"cores, or None, got {n_jobs!r}.")
+    check_jobs(OWNER, n_jobs)
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise ValueError(f"{OWNER} expected `seed` to be an integer >= 0 or None, got {seed!r}.")
     for name, value in (("args_fn", args_fn), ("quantities_fn", quantities_fn)):
@@ -475,7 +474,7 @@ def _checked_sites(sites: Any, simulator: Simulator) -> tuple[str, ...]:
 def _checked_names(owner: str, argument: str, names: Any, known: list[str]) -> list[str]:
     if names is None:
         return known
-    names = [names] if isinstance(names, str) else list(names)
+    names = check_names(owner, argument, names)
     for name in names or [None]:
         if name not in known:
             raise ValueError(f"{owner} expected `{argument}` among {', '.join(known)}, got "
@@ -487,6 +486,14 @@ def _checked_level(owner: str, level: Any) -> float:
     if not isinstance(level, (int, float)) or isinstance(level, bool) or not 0 < level < 1:
         raise ValueError(f"{owner} expected levels between 0 and 1, got {level!r}.")
     return float(level)
+
+
+def _checked_levels(levels: Any) -> list[Any]:
+    try:
+        return list(levels)
+    except TypeError:
+        raise ValueError(f"coverage expected `levels` to be a list of levels such as [0.5, 0.9], "
+                         f"got {levels!r}.") from None
 
 
 def _smallest(p_values: Arrays) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_nfvi._shapes import check_axes
 from pyro_nfvi.calibration.ecdf import UniformityTest
 
 MAX_PANELS = 24
@@ -40,6 +41,8 @@ def plot_panels(owner: str, panels: Mapping[str, Mapping[str, np.ndarray]], test
     shown = list(panels)[:MAX_PANELS] if len(panels) > MAX_PANELS else list(panels)
     if len(axes) < len(shown):
         raise ValueError(f"{owner} expected {len(shown)} axes, one for each site, got {len(axes)}.")
+    for ax in axes:
+        check_axes(owner, ax)
     for ax, name in zip(axes, shown, strict=False):
         _plot_panel(ax, panels[name], test, level, difference)
         ax.set_title(_title(name, panels[name]), fontsize="medium")

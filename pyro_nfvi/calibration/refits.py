@@ -18,6 +18,7 @@ from pyro_nfvi._random import map_random_or_loop
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.calibration.simulation import OWNER, SimulatedModel, Values
 from pyro_nfvi.guides import AutoFlow
+from pyro_nfvi.inference.parallel import fresh_process
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,19 +64,15 @@ class Refit:
     @contextmanager
     def surroundings(self) -> Iterator[None]:
         """An empty param store, and one thread, whatever process this is."""
-        num_threads = torch.get_num_threads()
-        with pyro.get_param_store().scope():
-            try:
-                torch.set_num_threads(1)
-                yield
-            finally:
-                torch.set_num_threads(num_threads)
+        with fresh_process():
+            yield
 
 
 class _Run:
     """Calls ``run`` of a copy of NFVI, or the like, with another model.
 
-    It has no seed, as draws of one seed would be the same noise each time, and no progress bar.
+    It has no seed, as draws of one seed would be the same noise each time, no progress bar, and
+    no other processes to share the fit with, as these may be at another simulation.
 
     Args:
         fit: The object, which stays as it is.
@@ -89,7 +86,7 @@ class _Run:
     def __call__(self, model: SimulatedModel, *args: Any, **kwargs: Any) -> Any:
         fit = copy.copy(self.fit)
         fit.model = model
-        for name, value in (("seed", None), ("progress", False)):
+        for name, value in (("seed", None), ("progress", False), ("distributed", None)):
             if hasattr(fit, name):
                 setattr(fit, name, value)
         if self.guide_model is not None:

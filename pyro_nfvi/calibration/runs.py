@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +14,14 @@ import pyro
 import torch
 from tqdm.auto import tqdm
 
-from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.calibration.ranks import hdi_ranks_of, ranks_of
 from pyro_nfvi.calibration.refits import Amortized, Refit, posterior_draws
 from pyro_nfvi.calibration.simulation import OWNER, Simulator, Values
-from pyro_nfvi.inference.log_joint import default_dtype
+from pyro_nfvi.inference.parallel import ONE_AT_A_TIME, Surroundings, in_parallel
 
 Arrays = dict[str, np.ndarray]
 NUM_TRIED = 5  # simulations that may all fail before it is called off
-_ONE_AT_A_TIME = threading.Lock()  # Pyro's handlers, torch's random numbers: one a process
 
 
 @dataclass(frozen=True)
@@ -65,13 +61,12 @@ class Simulation:
     num_draws: int
     weighted: bool
     quantities_fn: Callable[[Values, Values], Values] | None
-    dtype: torch.dtype
-    settings: Mapping[str, Any]
+    caller: Surroundings
 
     def __call__(self, simulation: int, seed: int) -> Outcome:
         """Run one simulation; only Ctrl-C gets out."""
         arrays, failure = None, None
-        with _ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
+        with ONE_AT_A_TIME, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 with self.surroundings(seed):
@@ -85,15 +80,8 @@ class Simulation:
     @contextmanager
     def surroundings(self, seed: int) -> Iterator[None]:
         """Those of the calling process, with random numbers from a seed."""
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        try:
-            with forked_rng(), default_dtype(self.dtype), self.refit.surroundings(), \
-                    pyro.settings.context(**self.settings):
-                pyro.set_rng_seed(seed)
-                yield
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+        with self.refit.surroundings(), self.caller.seeded(seed):
+            yield
 
     def _ranked(self, rng: np.random.Generator) -> dict[str, Arrays]:
         truth, data = self.simulator.draw()
@@ -183,16 +171,10 @@ def collected(simulation: Simulation, seeds: list[int], n_jobs: int | None, prog
 
 
 def _outcomes(simulation: Simulation, seeds: list[int], n_jobs: int | None) -> Iterator[Outcome]:
-    from joblib import Parallel, delayed
-
     if isinstance(simulation.refit, Amortized):  # a pass is faster than its way elsewhere
         yield from (simulation(k, seed) for k, seed in enumerate(seeds))
         return
-    try:
-        parallel = Parallel(n_jobs=n_jobs, return_as="generator_unordered")
-    except ValueError:  # a backend that gives results all at once, as Ray's
-        parallel = Parallel(n_jobs=n_jobs)
-    yield from parallel(delayed(simulation)(k, seed) for k, seed in enumerate(seeds))
+    yield from in_parallel(simulation, list(enumerate(seeds)), n_jobs, in_order=False)
 
 
 def _check_any(outcomes: list[Outcome], num_planned: int) -> None:

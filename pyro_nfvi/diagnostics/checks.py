@@ -95,10 +95,13 @@ def _support(sample: ImportanceSample) -> Check:
 
 def spread(sample: ImportanceSample, layout: LatentLayout | None) -> Check:
     """Whether every latent varies."""
-    z = sample.z.double()
-    z = z[z.isfinite().all(-1)]
-    scale = 1 + z.abs().amax(0) if len(z) else torch.ones(1)
-    still = ((z.amax(0) - z.amin(0)) <= POINT * scale).nonzero().flatten() if len(z) else []
+    finite = sample.z.isfinite().all(-1)
+    z = sample.z if finite.all() else sample.z[finite]
+    still = torch.zeros(0)
+    if len(z):
+        low, high = (end.double() for end in z.aminmax(dim=0))
+        scale = 1 + torch.maximum(low.abs(), high.abs())
+        still = (high - low <= POINT * scale).nonzero().flatten()
     if not len(still):
         return Check("spread", "ok", "every latent varies")
     site = f"site {layout.at(int(still[0])).name!r}" if layout else f"latent {int(still[0])}"

@@ -87,7 +87,7 @@ def _named(posteriors: Any) -> dict[str, Any]:
     Raises:
         ValueError: If one is no Posterior, or there is none.
     """
-    if not isinstance(posteriors, (Mapping, Iterable)):
+    if isinstance(posteriors, Tensor) or not isinstance(posteriors, (Mapping, Iterable)):
         raise ValueError("compare expected `posteriors` to be a list or dict of Posteriors, got "
                          f"{type_name(posteriors)}. Put it in a list.")
     fits = list(posteriors.values() if isinstance(posteriors, Mapping) else posteriors)

@@ -21,8 +21,16 @@ from pyro_nfvi.diagnostics.site_weights import SiteWeights, site_weights
 from pyro_nfvi.flows import Flow
 from pyro_nfvi.guides import GuideDraws
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint
+from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.drift import drift
 from pyro_nfvi.inference.initialization import gaussian_start, starting_points
+from pyro_nfvi.inference.parallel import (
+    ONE_AT_A_TIME,
+    Surroundings,
+    fresh_process,
+    in_parallel,
+    is_parallel,
+)
 from pyro_nfvi.inference.score import Score
 
 Density = Flow | GuideDraws
@@ -38,6 +46,7 @@ SLOPE_NATS = 0.5  # and nats
 NUM_BATCHES, BATCH = 16, 64  # of draws, for the noise of the gradient
 SIGNAL = 1.0  # ratio of the gradient's square to its noise's, of one batch, above which it leads
 APART_ERRORS, APART_NATS, APART_SD = 4.0, 0.3, 0.25  # what tells two restarts apart
+ROWS = "chains would read all rows of the loader again and again"
 MINIBATCHES = "the model draws minibatches; give it all data"
 HEAVY = math.log(3)  # excess of the log weight in both tails that is worth a hint
 
@@ -72,18 +81,40 @@ class Fit:
         usable = self.sample.finite & z.isfinite().all(-1)
         if usable.sum() < 2 * z.shape[-1] + 2:
             return "too few draws have a finite log joint"
+        if isinstance(self.log_joint, AllData):
+            return ROWS
         if self.log_joint.subsamples(z[usable][0]):
             return MINIBATCHES
         return ""
 
 
-def diagnose(fit: Fit, restarts: int = 0, progress: bool = True) -> Report:
+@dataclass(frozen=True, eq=False)
+class Restart:
+    """All that a process needs to fit again."""
+
+    refit: Callable[[int], Any]
+    caller: Surroundings
+    num_threads: int | None
+
+    def __call__(self, seed: int) -> ImportanceSample:
+        """The draws of a fit from a seed."""
+        with ONE_AT_A_TIME, fresh_process(self.num_threads), self.caller.seeded(seed):
+            posterior = self.refit(seed)
+            if posterior.history.interrupted:
+                raise KeyboardInterrupt  # a fit that ended early is not what is asked about
+            draws: ImportanceSample = posterior.draws
+            return draws
+
+
+def diagnose(fit: Fit, restarts: int = 0, progress: bool = True, n_jobs: int | None = None
+             ) -> Report:
     """Look for everything that could be wrong with a fit.
 
     Args:
         fit: What to look at; nothing of it is changed.
         restarts: How many fits from other seeds to compare it with.
         progress: Whether to show a progress bar.
+        n_jobs: Number of processes for these fits, as joblib takes it.
     """
     sites = site_weights(fit.sample, fit.log_joint.layout)
     looks: list[Callable[[], Check]] = [
@@ -96,7 +127,7 @@ def diagnose(fit: Fit, restarts: int = 0, progress: bool = True) -> Report:
         for look in looks:
             checks.append(look())
             bar.update()
-        checks.append(_restarts(fit, restarts, bar))
+        checks.append(_restarts(fit, restarts, bar, n_jobs))
     checks = _with_causes(checks, fit)
     trusted, words = verdict(fit.sample, fit.history, fit.log_joint.layout, checks)
     return Report(tuple(checks), words, trusted, fit.sample.elbo,
@@ -260,16 +291,21 @@ def _gradient(flow: Any, log_joint: LogJoint, parameters: Sequence[Tensor]) -> T
 
 # ---------------------------------------------------------------------- restarts
 
-def _restarts(fit: Fit, count: int, bar: tqdm) -> Check:
-    """Whether fits from other seeds end at the same place."""
+def _restarts(fit: Fit, count: int, bar: tqdm, n_jobs: int | None) -> Check:
+    """Whether fits from other seeds end at the same place; the first that does not is enough."""
     if fit.refit is None:
         return Check("restarts", "skipped", "only NFVI knows how to fit again")
     if not count:
         return Check("restarts", "skipped", "not asked for", "diagnose(restarts=2)")
+    parallel, seeds = is_parallel(n_jobs), [(seed,) for seed in range(1, count + 1)]
+    restart = Restart(fit.refit, Surroundings.here(), 1 if parallel else None)
     worst = ""
-    for seed in range(1, count + 1):
-        worst = worst or _difference(fit.sample, fit.refit(seed).draws, fit.log_joint)
+    for draws in in_parallel(restart, seeds, n_jobs):
         bar.update()
+        worst = worst or _difference(fit.sample, draws, fit.log_joint)
+        if worst and not parallel:  # where others are under way, they may end
+            break
+    bar.update(bar.total - bar.n)
     if not worst:
         return Check("restarts", "ok", f"{count} fit(s) from other seeds agree")
     return Check("restarts", "fail", worst, "fit from several seeds and keep the best ELBO, with "

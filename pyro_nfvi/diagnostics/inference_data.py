@@ -16,6 +16,7 @@ from pyro_nfvi import _arviz
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.guides.layout import plate_names
 from pyro_nfvi.inference import LogJoint
+from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.log_joint import is_data, is_deterministic
 from pyro_nfvi.inference.predictive import (
     PriorError,
@@ -149,7 +150,8 @@ class _Converter:
 
     def observed_data(self) -> Arrays:
         """What was observed."""
-        return {name: _arviz.as_array(self.nodes[name]["value"]) for name in self.observed}
+        names = self.observed if self._has_data("observed_data", 1) else []
+        return {name: _arviz.as_array(self.nodes[name]["value"]) for name in names}
 
     def constant_data(self) -> Arrays:
         """Arguments of the model that it does not observe."""
@@ -196,12 +198,14 @@ def _constants(log_joint: LogJoint, observed: Sequence[Tensor]) -> Arrays:
 
 def _arguments(log_joint: LogJoint) -> dict[str, Any]:
     """The model's arguments by name, those of ``*args`` and ``**kwargs`` one by one."""
+    model, (args, kwargs) = log_joint.model, (log_joint.args, log_joint.kwargs)
+    if isinstance(log_joint, AllData):  # without a batch
+        model, (args, kwargs) = log_joint.given_model, log_joint.given
     try:
-        model = log_joint.model
         signature = inspect.signature(model.forward if isinstance(model, Module) else model)
-        bound = signature.bind(*log_joint.args, **log_joint.kwargs).arguments
+        bound = signature.bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):  # a callable that hides its arguments
-        return dict(log_joint.kwargs)
+        return dict(kwargs)
     arguments: dict[str, Any] = {}
     for name, value in bound.items():
         kind = signature.parameters[name].kind

@@ -13,6 +13,7 @@ from pyro_nfvi.guides import LatentLayout
 from pyro_nfvi.inference import ImportanceSample
 
 DEGREE = 2  # of the polynomial in the normal score
+COLUMNS = 1000  # latents looked at at a time
 TAIL = 2.5  # normal scores that stand for the tails
 MIN_DRAWS = 100
 
@@ -55,24 +56,33 @@ def site_weights(sample: ImportanceSample, layout: LatentLayout) -> SiteWeights 
     if usable.sum() < MIN_DRAWS:
         return None
     log_w = (sample.log_p - sample.log_q)[usable]
-    fitted, tails = _marginal(sample.z[usable].double(), log_w)
-    worst = {site.name: site.start + int(fitted[:, site.start:site.start + site.size].var(0)
-                                         .argmax()) for site in layout if site.size}
-    return SiteWeights({name: _pareto_k(fitted[:, place]) for name, place in worst.items()},
+    features = _features(len(log_w))
+    coefficients = _coefficients(sample.z, usable, log_w, features)
+    spread = torch.einsum("kd,kl,ld->d", coefficients, torch.cov(features.mT), coefficients)
+    worst = {site.name: site.start + int(spread[site.start:site.start + site.size].argmax())
+             for site in layout if site.size}
+    low, middle, high = (features.new_tensor([place ** power for power in range(DEGREE + 1)])
+                         @ coefficients for place in (-TAIL, 0.0, TAIL))
+    tails = torch.minimum(low, high) - middle
+    return SiteWeights({name: _pareto_k(features @ coefficients[:, place])
+                        for name, place in worst.items()},
                        worst, {name: tails[place].item() for name, place in worst.items()})
 
 
-def _marginal(z: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Fitted log weights ``(n, D)``, in the order of each coordinate, and their tails ``(D,)``."""
-    count = len(z)
+def _features(count: int) -> Tensor:
+    """Powers of the normal scores of so many ranks, ``(count, DEGREE + 1)``."""
     ranks = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     score = torch.special.ndtri(ranks)
-    features = torch.stack([score ** power for power in range(DEGREE + 1)], -1)
-    ordered = log_w[z.argsort(0)]  # as seen along each coordinate
-    coefficients = torch.linalg.lstsq(features, ordered).solution
-    low, middle, high = (features.new_tensor([place ** power for power in range(DEGREE + 1)])
-                         @ coefficients for place in (-TAIL, 0.0, TAIL))
-    return features @ coefficients, torch.minimum(low, high) - middle
+    return torch.stack([score ** power for power in range(DEGREE + 1)], -1)
+
+
+def _coefficients(z: Tensor, usable: Tensor, log_w: Tensor, features: Tensor) -> Tensor:
+    """Of the polynomial of log weights along each coordinate, ``(DEGREE + 1, D)``."""
+    parts = []
+    for columns in z.split(COLUMNS, dim=-1):  # of many latents, copies of all would not fit
+        ordered = log_w[columns[usable].argsort(0)]  # as seen along each coordinate
+        parts.append(torch.linalg.lstsq(features, ordered).solution)
+    return torch.cat(parts, -1)
 
 
 def _pareto_k(log_w: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,20 @@ class AdamState:
         """Copy the flat parameters to the originals."""
         for parameter, value in zip(self.parameters, self.views(), strict=True):
             parameter.copy_(value)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All of it, as a file holds it."""
+        return {"live": self.live.clone(), "saved": self.saved.clone(), "step": self.step,
+                "saved_step": self.saved_step, "norms": list(self.norms)}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.live.copy_(snapshot["live"])
+        self.saved.copy_(snapshot["saved"])
+        self.step, self.saved_step = snapshot["step"], snapshot["saved_step"]
+        self.norms.clear()
+        self.norms.extend(snapshot["norms"])
+        self.write_back()
 
     def roll_back(self) -> None:
         """Return to the last snapshot."""

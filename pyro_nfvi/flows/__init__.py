@@ -30,7 +30,7 @@ from pyro_nfvi.flows.coupling import Coupling
 from pyro_nfvi.flows.dequantization import Dequantization
 from pyro_nfvi.flows.elementwise import Elementwise, LeakyReLU, SinhArcsinh
 from pyro_nfvi.flows.fixed import FixedLinear, FixedLowRank
-from pyro_nfvi.flows.flow import Flow, FlowDistribution
+from pyro_nfvi.flows.flow import Flow, FlowDistribution, PartOfNoise
 from pyro_nfvi.flows.free_form import FreeForm
 from pyro_nfvi.flows.image import ConvNet, channel_mask, checkerboard_mask
 from pyro_nfvi.flows.jacobian import LowRankUpdate
@@ -128,6 +128,7 @@ __all__ = [
     "Multiplicative",
     "MultivariateStudentT",
     "OrthogonalFrame",
+    "PartOfNoise",
     "PeriodicMLP",
     "Permutation",
     "Pixelwise",

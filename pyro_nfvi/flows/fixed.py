@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_nfvi._shapes import type_name
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.linear import matvec
 
@@ -16,17 +18,34 @@ class FixedMap(Bijection):
 
     Args:
         shift: Image of zero, ``(D,)``.
+        **others: Further tensors of the map, to be checked with it.
     """
 
     shift: Tensor
 
-    def __init__(self, shift: Tensor) -> None:
+    def __init__(self, shift: Tensor, **others: Tensor) -> None:
+        for name, value in {"shift": shift, **others}.items():
+            _check_numbers(type(self).__name__, name, value)
+        if shift.dim() != 1:
+            raise ValueError(f"{type(self).__name__} expected `shift` of shape (D,), got "
+                             f"{tuple(shift.shape)}.")
         super().__init__(shift.numel())
         self.register_buffer("shift", shift.detach().clone())
 
     @abstractmethod
     def factor(self) -> Tensor:
         """The matrix, dense: ``(D, D)``."""
+
+
+def _check_numbers(owner: str, argument: str, value: Any) -> None:
+    """Refuse what is no tensor of finite floating-point numbers."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type_name(value)
+        raise ValueError(f"{owner} expected `{argument}` to be a floating-point tensor, got "
+                         f"{kind}.")
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{owner} expected `{argument}` to hold finite numbers, got "
+                         f"{int((~value.isfinite()).sum())} that are not.")
 
 
 class FixedLinear(FixedMap):
@@ -53,7 +72,7 @@ class FixedLinear(FixedMap):
     log_det: Tensor
 
     def __init__(self, shift: Tensor, factor: Tensor) -> None:
-        super().__init__(shift)
+        super().__init__(shift, factor=factor)
         dim = self.input_dim
         if factor.shape != (dim, dim) or not bool((factor.diagonal() > 0).all()):
             raise ValueError(f"FixedLinear expected `factor` of shape ({dim}, {dim}) with a "
@@ -106,7 +125,7 @@ class FixedLowRank(FixedMap):
     stretch: Tensor
 
     def __init__(self, shift: Tensor, scale: Tensor, directions: Tensor, stretch: Tensor) -> None:
-        super().__init__(shift)
+        super().__init__(shift, scale=scale, directions=directions, stretch=stretch)
         dim, rank = self.input_dim, stretch.numel()
         if scale.shape != (dim,) or directions.shape != (dim, rank):
             raise ValueError(f"FixedLowRank expected `scale` of shape ({dim},) and `directions` of "

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, TransformedDistribution
 from torch.func import functional_call
 
-from pyro_nfvi._shapes import check_context, check_sample_shape, type_name
+from pyro_nfvi._shapes import (
+    check_context,
+    check_positive_int,
+    check_sample_shape,
+    type_name,
+)
 from pyro_nfvi.flows.base import Base, Gaussian
 from pyro_nfvi.flows.bijection import Bijection
 from pyro_nfvi.flows.transform import BijectionTransform
@@ -141,6 +146,52 @@ class Flow(nn.Module):
         return result
 
 
+class PartOfNoise(Flow):
+    """The same flow, whose draws are one part of what it would draw by itself.
+
+    The noise of all parts is drawn, and that of one kept: from the same random state, the draws of
+    all parts together are those of the flow.
+
+    Args:
+        flow: The flow, with which bijection and base are shared.
+        part: Which part, from 0.
+        num_parts: How many there are.
+
+    Raises:
+        ValueError: If ``flow`` is none, or there is no such part.
+
+    Shape:
+        z: ``(*sample, *batch, input_dim)``, of ``num_parts * sample[0]`` rows in all.
+
+    Example:
+        >>> from pyro_nfvi.flows import nsf
+        >>> flow = Flow(nsf(3))
+        >>> PartOfNoise(flow, 1, 4).rsample_and_log_prob((5,))[0].shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, flow: Flow, part: int, num_parts: int) -> None:
+        if not isinstance(flow, Flow):
+            raise ValueError(f"PartOfNoise expected `flow` to be a Flow, got {type_name(flow)}.")
+        super().__init__(flow.bijection, flow.base)
+        self.num_parts = check_positive_int("PartOfNoise", "num_parts", num_parts)
+        self.part = check_positive_int("PartOfNoise", "part", part, minimum=0)
+        if part >= num_parts:
+            raise ValueError(f"PartOfNoise expected `part` below `num_parts`, got {part} of "
+                             f"{num_parts}.")
+
+    def _noise(self, sample_shape: torch.Size | tuple[int, ...], context: Tensor | None
+               ) -> Tensor:
+        count, *rest = check_sample_shape("Flow", sample_shape) or (1,)
+        u = super()._noise((count * self.num_parts, *rest), context)
+        u = u[count * self.part:count * (self.part + 1)]
+        return u if len(sample_shape) else u.squeeze(0)
+
+    def extra_repr(self) -> str:
+        """Which part, as ``repr`` shows it."""
+        return f"part {self.part} of {self.num_parts}"
+
+
 class _LogProbAt(nn.Module):
     """Log-density of a flow at ``z`` whose noise ``u`` is known."""
 
@@ -165,8 +216,11 @@ class FlowDistribution(TransformedDistribution):
 
     def __init__(self, flow: Flow, context: Tensor | None = None,
                  base: Distribution | None = None) -> None:
+        if not isinstance(flow, Flow):
+            raise ValueError(f"FlowDistribution expected `flow` to be a Flow, got "
+                             f"{type_name(flow)}.")
         self.flow = flow
-        self.context = context
+        self.context = context = check_context("FlowDistribution", context, flow.context_dim)
         base = flow.base().expand(_batch_shape(context)) if base is None else base
         super().__init__(base, [BijectionTransform(flow.bijection, context)])
 

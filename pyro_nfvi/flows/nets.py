@@ -34,11 +34,17 @@ class MLP(nn.Module):
 
     Shape:
         ``(*batch, in_dim) -> (*batch, out_dim)``.
+
+    Raises:
+        ValueError: If an argument is of another kind.
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = HIDDEN_DIMS,
                  activation: Callable[[], nn.Module] = nn.Tanh) -> None:
         super().__init__()
+        check_positive_int("MLP", "in_dim", in_dim, minimum=0)
+        check_positive_int("MLP", "out_dim", out_dim, minimum=0)
+        check_network("MLP", hidden_dims, activation)
         dims = [in_dim, *hidden_dims] if in_dim else []
         hidden = [layer for a, b in zip(dims[:-1], dims[1:], strict=True)
                   for layer in (nn.Linear(a, b), activation())]

@@ -26,6 +26,8 @@ from pyro_nfvi.guides.auto_flow import (
     check_built,
     check_callables,
     check_levels,
+    checked_plates,
+    first_value,
     quantiles_of,
     set_affine,
     with_options,
@@ -128,7 +130,8 @@ class AutoAmortizedFlow(AutoGuide):
         self.init_scale = check_positive_float(owner, "init_scale", init_scale)
         self.recipe = _conditional(owner, recipe, options)
         self._inputs, self._plate, self._global_recipe = inputs, plate, global_guide
-        super().__init__(InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        super().__init__(InitMessenger(partial(first_value, owner, init_loc_fn))(model),
+                         create_plates=checked_plates(owner, create_plates))
         self.encoder = encoder
 
     # ------------------------------------------------------------------ building

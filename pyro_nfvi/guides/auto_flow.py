@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.guides import AutoContinuous, AutoGuide
@@ -39,7 +40,7 @@ from pyro_nfvi.flows import (
 from pyro_nfvi.flows.fixed import FixedMap
 from pyro_nfvi.guides.layout import LatentLayout, LatentSite
 from pyro_nfvi.guides.param_store import forget_store, registered
-from pyro_nfvi.guides.prototype import PrototypeCheck, check_prototype
+from pyro_nfvi.guides.prototype import PrototypeCheck, check_prototype, has_map
 from pyro_nfvi.guides.pyro_dist import LatentDistribution, NoiseDistribution, sample_value
 
 Recipe = Callable[[int], Any]  # number of latents -> Bijection, or any torch transform
@@ -111,7 +112,9 @@ class AutoFlow(AutoContinuous):
         self.init_scale = check_positive_float(owner, "init_scale", init_scale)
         self.recipe = with_options(owner, recipe, options)
         self._base_recipe, self._affine_recipe = base, affine
-        AutoGuide.__init__(self, InitMessenger(init_loc_fn)(model), create_plates=create_plates)
+        start = partial(first_value, owner, init_loc_fn)
+        AutoGuide.__init__(self, InitMessenger(start)(model),
+                           create_plates=checked_plates(owner, create_plates))
 
     # ------------------------------------------------------------------ building
 
@@ -409,6 +412,52 @@ def check_callables(owner: str, **arguments: Any) -> None:
                              f"latents, got {type_name(value)}. Pass what builds it.")
 
 
+def first_value(owner: str, init_loc_fn: Callable, site: dict[str, Any]) -> Tensor:
+    """What a site's initialisation function gives, which is a tensor.
+
+    A site that no guide over the reals has gets a draw: :func:`check_prototype` names it later.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if site["is_observed"] or has_map(site["fn"]):
+        value = init_loc_fn(site)
+    else:
+        value = site["fn"].sample()
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{owner} expected `init_loc_fn` to return a tensor for each site, got "
+                         f"{type_name(value)} for {site['name']!r}. Take one of Pyro's: "
+                         "pyro.infer.autoguide.init_to_median.")
+    if bad := int((~value.isfinite()).sum()):
+        raise ValueError(f"{owner} expected `init_loc_fn` to return finite values for each site, "
+                         f"got {bad} of {site['name']!r} that are not. Start elsewhere: "
+                         "init_loc_fn=pyro.infer.autoguide.init_to_feasible.")
+    return value
+
+
+def checked_plates(owner: str, create_plates: Any) -> Callable | None:
+    """The function that makes plates, whose results are checked.
+
+    Raises:
+        ValueError: If it is no function.
+    """
+    if create_plates is None:
+        return None
+    check_callables(owner, create_plates=create_plates)
+    return partial(_plates, owner, create_plates)
+
+
+def _plates(owner: str, create_plates: Callable, *args: Any, **kwargs: Any) -> list[pyro.plate]:
+    made = create_plates(*args, **kwargs)
+    plates = [made] if isinstance(made, pyro.plate) else \
+        list(made) if isinstance(made, Iterable) else [made]
+    for plate in plates:
+        if not isinstance(plate, pyro.plate):
+            raise ValueError(f"{owner} expected `create_plates` to return a pyro.plate or several, "
+                             f"got {type_name(plate)}.")
+    return plates
+
+
 def check_built(guide: AutoGuide) -> None:
     """Check that a guide has been called, or set up.
 
@@ -427,8 +476,13 @@ def check_levels(owner: str, quantiles: Iterable[float] | Tensor, like: Tensor) 
     Raises:
         ValueError: If one is not between 0 and 1.
     """
-    levels = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
-    if not ((levels >= 0) & (levels <= 1)).all():
+    try:
+        levels = torch.as_tensor(quantiles, dtype=like.dtype, device=like.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{owner} expected `quantiles` to be numbers such as [0.1, 0.9], got "
+                         f"{quantiles!r}.") from None
+    levels = levels.reshape(1) if levels.dim() == 0 else levels
+    if levels.dim() != 1 or not ((levels >= 0) & (levels <= 1)).all():
         raise ValueError(f"{owner} expected `quantiles` between 0 and 1, got {levels.tolist()}.")
     return levels
 

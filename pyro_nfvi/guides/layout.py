@@ -128,6 +128,9 @@ class LatentLayout:
         Raises:
             ValueError: If a site is missing, of another shape, or outside its support.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"LatentLayout expected `values` to be a dict of tensors by site, "
+                             f"got {type_name(values)}.")
         return self.unconstrain({site.name: self._value(site, values) for site in self.sites})
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -140,7 +143,7 @@ class LatentLayout:
         if site.name not in values:
             raise ValueError(f"LatentLayout expected `values` to hold every latent site, "
                              f"{site.name!r} is missing; got {sorted(values)}.")
-        value = torch.as_tensor(values[site.name])
+        value = as_values("LatentLayout", site.name, values[site.name])
         if value.shape[value.dim() - len(site.shape):] != site.shape:
             raise ValueError(f"LatentLayout expected site {site.name!r} of shape "
                              f"(*sample, {', '.join(map(str, site.shape))}), "
@@ -158,6 +161,20 @@ class LatentLayout:
     def __repr__(self) -> str:
         inside = ", ".join(f"{site.name}: {tuple(site.shape)}" for site in self.sites)
         return f"{type_name(self)}({inside})"
+
+
+def as_values(owner: str, name: str, given: Any) -> Tensor:
+    """Values of a site as a tensor.
+
+    Raises:
+        ValueError: If they are no numbers.
+    """
+    try:
+        value = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{owner} expected site {name!r} to have a tensor of values, got "
+                         f"{type_name(given)}.") from None
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
 def _site(node: dict[str, Any], start: int) -> LatentSite:

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.distributions import biject_to
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides.layout import LatentLayout
@@ -30,6 +31,7 @@ def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
     Raises:
         ValueError: If there is no latent, a discrete one, or one in a subsampled plate that the
             guide does not amortize.
+        NotImplementedError: If there is no map from the reals onto the support of a latent.
     """
     nodes = dict(trace.iter_stochastic_nodes())
     if not sum(node["value"].numel() for node in nodes.values()):
@@ -41,6 +43,11 @@ def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
             raise ValueError(f"{owner} handles continuous sites; {name!r} is {kind}. Hide it: "
                              f"{owner}(poutine.block(model, hide=[{name!r}])). To sum it out: "
                              "https://pyro.ai/examples/enumeration.html.")
+        if not has_map(node["fn"]):
+            raise NotImplementedError(
+                f"{owner} maps the reals onto the support of every site; {name!r} is "
+                f"{type(node['fn']).__name__}, onto whose support, {node['fn'].support!r}, there "
+                f"is no such map. {_way_out(node['fn'].support)}")
         for frame in node["cond_indep_stack"]:
             if is_subsampled(frame) and frame.name != local:
                 holds = "holds one value for each latent" if local is None else \
@@ -49,6 +56,24 @@ def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
                     f"{owner} {holds}; {name!r} is local to the subsampled "
                     f"plate {frame.name!r} ({frame.size} of {frame.full_size}). Use the full "
                     f"plate, or hide it here and give it a guide of its own in AutoGuideList.")
+
+
+def has_map(distribution: Any) -> bool:
+    """Whether there is a bijection from the reals onto a distribution's support."""
+    try:
+        biject_to(distribution.support)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _way_out(support: Any) -> str:
+    if "sphere" in repr(support).lower():
+        return "Use poutine.reparam with a ProjectedNormalReparam."
+    if any(kind in type(support).__name__ for kind in ("PositiveDefinite", "LowerCholesky",
+                                                       "PositiveSemidefinite")):
+        return "Build the matrix from LKJCholesky correlations and positive scales."
+    return "Build the value from sites that have one, and add its density by pyro.factor."
 
 
 class PrototypeCheck:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 from torch.func import functional_call
 
-from pyro_nfvi._shapes import check_tensor
+from pyro_nfvi._shapes import check_sample_shape, check_tensor, type_name
 from pyro_nfvi.flows import BijectionTransform, Flow
 from pyro_nfvi.flows.base import Base, BaseDistribution
 
@@ -175,7 +175,8 @@ class ConstantFlow(dist.TransformedDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ConstantFlow:
         """The same distribution over another batch shape."""
-        return self._like(self.flow, self.context, torch.Size(batch_shape))
+        shape = check_sample_shape(type(self).__name__, batch_shape, "batch_shape")
+        return self._like(self.flow, self.context, shape)
 
     def to(self, *args: Any, **kwargs: Any) -> ConstantFlow:
         """A copy of another type or in another place; arguments are those of ``Tensor.to``."""
@@ -196,12 +197,15 @@ class ConstantFlow(dist.TransformedDistribution):
 
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Draws and their log-densities in one pass."""
-        shape = torch.Size(sample_shape) + self.batch_shape
+        shape = check_sample_shape(type(self).__name__, sample_shape) + self.batch_shape
         context = self._context(self.flow.base.zeros.dtype)
         return self._run("draw", shape, context, like=context)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density at ``value``."""
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{type_name(self)} expected `value` to be a tensor, got "
+                             f"{type_name(value)}.")
         if self._validate_args:
             self._validate_sample(value)
         dtype = torch.promote_types(value.dtype, self.flow.base.zeros.dtype)

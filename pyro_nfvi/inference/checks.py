@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pyro
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_nfvi._random import forked_rng
+from pyro_nfvi._shapes import type_name
 from pyro_nfvi.guides import LatentLayout
 from pyro_nfvi.inference.log_joint import LogJoint, is_data
 
@@ -44,8 +48,23 @@ def _compare_sites(owner: str, layout: LatentLayout, nodes: dict) -> None:
                          f"{min(shapes)!r} is new. Fix what it depends on.")
 
 
+def check_estimates(owner: str, estimates: Any) -> tuple[Tensor, Tensor]:
+    """Return what an objective returned, if it is the ELBO of each particle, and the latents.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    pair = estimates if isinstance(estimates, (tuple, list)) else (estimates,)
+    if len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
+        raise ValueError(f"{owner} expected `objective` to return two tensors, the ELBO of each "
+                         "particle and the latents, as ELBO() does, got "
+                         f"{', '.join(type_name(part) for part in pair)}.")
+    elbo, z = pair
+    return elbo, z
+
+
 def check_data(owner: str, log_joint: LogJoint, z: Tensor) -> None:
-    """Refuse observed values that are not numbers, or that their distribution cannot give.
+    """Refuse observed values of a shape that does not fit, that are not numbers, or not possible.
 
     Raises:
         ValueError: If there are any.
@@ -56,6 +75,7 @@ def check_data(owner: str, log_joint: LogJoint, z: Tensor) -> None:
     for name, node in nodes.items():
         if name in latent or not is_data(node):
             continue
+        _check_shape(owner, name, node)
         if bad := int(node["value"].isnan().sum()):
             raise ValueError(f"{owner} expected site {name!r} to be observed with numbers, got "
                              f"{bad} NaN. Drop them, or hide them: poutine.mask(mask=~y.isnan()) "
@@ -64,6 +84,20 @@ def check_data(owner: str, log_joint: LogJoint, z: Tensor) -> None:
             raise ValueError(f"{owner} expected site {name!r} to be observed within the support of "
                              f"its distribution, {node['fn'].support}, got {bad} outside. Mend the "
                              "data, or choose another likelihood.")
+
+
+def _check_shape(owner: str, name: str, node: dict) -> None:
+    """Refuse values that are no draws, and a column that would pair off with a plate."""
+    value, event_dim = node["value"], node["fn"].event_dim
+    batch = value.shape[:max(value.dim() - event_dim, 0)]
+    plates = {frame.dim: frame.size for frame in node["cond_indep_stack"] if frame.vectorized}
+    beyond = batch[:min(plates)] if plates else ()
+    paired = math.prod(beyond) > 1 and any(
+        batch[dim] == 1 < size for dim, size in plates.items())
+    if value.shape[len(batch):] != node["fn"].event_shape or paired:
+        raise ValueError(f"{owner} expected site {name!r} to be observed with values of shape "
+                         f"{tuple(node['fn'].shape())}, got {tuple(value.shape)}. Reshape the "
+                         "data, or the plates.")
 
 
 def _num_outside(node: dict) -> int:

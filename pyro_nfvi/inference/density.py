@@ -6,15 +6,19 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import (
+    check_flag,
     check_positive_float,
     check_positive_int,
     check_seconds,
@@ -24,7 +28,9 @@ from pyro_nfvi._shapes import (
 from pyro_nfvi.engine import check_tier
 from pyro_nfvi.flows import Bijection, Flow
 from pyro_nfvi.guides.pyro_dist import ConstantFlow
+from pyro_nfvi.inference.checkpoint import Checkpoint
 from pyro_nfvi.inference.density_data import (
+    Rows,
     as_rows,
     checked_samples,
     concerns_about,
@@ -33,6 +39,7 @@ from pyro_nfvi.inference.density_data import (
 from pyro_nfvi.inference.density_loops import DensityHistory, DensityLoop, LikelihoodLoop
 from pyro_nfvi.inference.density_start import data_start, density_start
 from pyro_nfvi.inference.importance import NUM_SAMPLES, ImportanceSample, importance_sample
+from pyro_nfvi.inference.kept import described, keeping, sampled, way_on
 from pyro_nfvi.inference.log_density import NUM_COMPARED, LogDensity, shown
 from pyro_nfvi.inference.loop import Stage
 from pyro_nfvi.inference.objectives import ELBO
@@ -81,8 +88,8 @@ def fit_density(flow: Flow | Bijection | FittedFlow | Callable[..., Bijection], 
                 standardize: bool = True, objective: Callable | None = None,
                 num_particles: int = 256, annealing: float = 0.5, num_steps: int = 3000,
                 lr: float = 0.02, max_seconds: float = math.inf, seed: int | None = None,
-                dtype: torch.dtype | None = None, compile: str = "auto", progress: bool = True
-                ) -> FittedFlow:
+                dtype: torch.dtype | None = None, compile: str = "auto", progress: bool = True,
+                checkpoint: Checkpoint | str | PathLike | None = None) -> FittedFlow:
     r"""Fit a flow to data by maximum likelihood, or to a density by reverse Kullback-Leibler.
 
     .. math:: \max_\phi\ \textstyle\sum_n \log q_\phi(x_n \mid c_n) \qquad\text{or}\qquad
@@ -126,13 +133,17 @@ def fit_density(flow: Flow | Bijection | FittedFlow | Callable[..., Bijection], 
         compile: How the steps are computed: ``"auto"`` or one of
             :data:`pyro_nfvi.engine.TIERS`.
         progress: Whether to show a progress bar.
+        checkpoint: Folder in which to keep the state of the fit, every minute and when a signal
+            ends it; :class:`~pyro_nfvi.Checkpoint` sets how often. The same call, run again, goes
+            on from there, bit for bit on the same machine; once the fit is complete it returns
+            without a step what was found. Default: nothing is kept.
 
     Returns:
         The fitted flow, a Pyro distribution.
 
     Raises:
-        ValueError: If there are neither samples nor a log density, or both, if data are bad, or
-            an option is of another kind.
+        ValueError: If there are neither samples nor a log density, or both, if data are bad,
+            an option is of another kind, or the checkpoints are of another fit.
 
     Example:
         >>> from pyro_nfvi.flows import nsf
@@ -151,59 +162,114 @@ def fit_density(flow: Flow | Bijection | FittedFlow | Callable[..., Bijection], 
     check_positive_float("fit_density", "lr", lr)
     deadline = time.monotonic() + check_seconds("fit_density", "max_seconds", max_seconds)
     check_seed("fit_density", seed)
+    check_flag("fit_density", "progress", progress)
+    check_flag("fit_density", "standardize", standardize)
     options: dict[str, Any] = {
         "num_steps": num_steps, "lr": lr, "progress": progress, "deadline": deadline,
         "compile": check_tier("fit_density", compile)}
+    checkpoint = Checkpoint.of("fit_density", checkpoint)
     if (samples is None) == (log_density is None):
         raise ValueError("fit_density expected either `samples` or `log_density`, got "
                          f"{'neither' if samples is None else 'both'}.")
     if torch.is_inference_mode_enabled():
         raise ValueError("fit_density needs gradients, which torch.inference_mode() forbids. Call "
                          "it outside.")
+    same = {"the kinds of fit": "samples" if log_density is None else "log_density",
+            "`num_steps`": num_steps, "`lr`": lr, "`seed`": seed, "`patience`": patience,
+            "`batch_size`": batch_size, "`standardize`": standardize,
+            "`num_particles`": num_particles, "`annealing`": annealing,
+            "the fitted flows": sampled(parameters_to_vector(flow.flow.parameters()))
+            if isinstance(flow, FittedFlow) else None}
+    keep = partial(_keeping, checkpoint, same)
     with forked_rng(seed) if seed is not None else nullcontext(), torch.enable_grad():
         if log_density is not None:
             _refuse_context(context)
             fitted, history = _fit_to_density(
-                _copied(flow, None, 0, dtype), log_density, _checked_objective(objective),
-                num_particles=num_particles, annealing=_checked_annealing(annealing, num_steps),
-                **options)
+                partial(_copied, flow, None, 0, dtype), log_density, keep,
+                _checked_objective(objective), num_particles=num_particles,
+                annealing=_checked_annealing(annealing, num_steps), **options)
         else:
             x = as_rows("samples", samples)
             c = None if context is None else as_rows("context", context)
-            copied = _copied(flow, x.shape[-1], 0 if c is None else c.shape[-1], dtype)
-            rows, held_out = held_out_rows(copied, checked_samples(copied, x, c), validation)
-            start = data_start(copied, *rows, standardize=standardize)
-            loop = LikelihoodLoop(start, rows, held_out, batch_size=batch_size, patience=patience,
-                                  **options)
-            fitted, history = _run(start, loop), loop.history
-            history.concerns += concerns_about(x)
-    _warn(history)
+            size = 0 if c is None else c.shape[-1]
+            fitted, history = _fit_to_samples(
+                partial(_copied, flow, x.shape[-1], size, dtype), x, c, validation, keep,
+                batch_size=batch_size, patience=patience, standardize=standardize, **options)
+    _warn(history, checkpoint)
     return FittedFlow(fitted, history=history)
 
 
-def _fit_to_density(flow: Flow, function: Callable[[Tensor], Tensor], objective: Callable,
-                    num_particles: int, **options: Any) -> tuple[Flow, DensityHistory]:
+def _keeping(checkpoint: Checkpoint | None, same: Mapping[str, Any], flow: Callable[[], Flow],
+             identity: Callable[[Flow], Mapping[str, Any]]) -> AbstractContextManager:
+    """Keep a fit of this flow to what the identity tells from others."""
+    def whole() -> dict[str, Any]:
+        with forked_rng(0):
+            own = flow()
+            return {**same, "the flows": described(own), **identity(own)}
+    return keeping(checkpoint, "fit_density", whole)
+
+
+def _fit_to_samples(flow: Callable[[], Flow], x: Tensor, context: Tensor | None, validation: Any,
+                    keep: Callable, *, batch_size: int, patience: int, standardize: bool,
+                    **options: Any) -> tuple[Flow, DensityHistory]:
+    def parts(flow: Flow) -> tuple[Rows, Rows | None]:
+        return held_out_rows(flow, checked_samples(flow, x, context), validation)
+
+    def identity(flow: Flow) -> dict[str, Any]:
+        held_out = parts(flow)[1] or (None, None)
+        return {"`samples.shape`": list(x.shape), "the samples": sampled(x),
+                "the contexts": sampled(context), "the held-out rows": sampled(held_out[0]),
+                "the held-out contexts": sampled(held_out[1])}
+    with keep(flow, identity) as kept:
+        own = flow()
+        rows, held_out = parts(own)
+        start = data_start(own, *rows, standardize=standardize)
+        loop = LikelihoodLoop(start, rows, held_out, batch_size=batch_size, patience=patience,
+                              **options, **kept)
+        _run(start, loop)
+        if not loop.complete:
+            loop.history.concerns += concerns_about(x)
+        loop.finish()
+    return start, loop.history
+
+
+def _fit_to_density(flow: Callable[[], Flow], function: Callable[[Tensor], Tensor],
+                    keep: Callable, objective: Callable, *, num_particles: int, **options: Any
+                    ) -> tuple[Flow, DensityHistory]:
+    def identity(flow: Flow) -> dict[str, Any]:
+        points = torch.randn(NUM_COMPARED, flow.input_dim).to(flow.base.zeros)
+        return {"`objective`": described(objective),
+                "the log densities": sampled(_log_density(flow, function)(points))}
+    with keep(flow, identity) as kept:
+        own = flow()
+        log_density = _log_density(own, function)
+        if log_density.reason:
+            warnings.warn(f"fit_density calls `log_density` once for each of {num_particles} "
+                          f"particles, which is slow: {log_density.reason}.", stacklevel=3)
+        start, centres = density_start(own, log_density)
+        loop = DensityLoop(start, log_density, objective, num_particles=num_particles, **options,
+                           **kept)
+        _run(start, loop)
+        if not loop.complete:
+            _judge(start, log_density, loop.history, num_particles, centres)
+        loop.finish()
+    return start, loop.history
+
+
+@torch.no_grad()
+def _log_density(flow: Flow, function: Callable[[Tensor], Tensor]) -> LogDensity:
+    """The function, tried at draws of the flow."""
     count = max(NUM_PROBES, flow.input_dim + NUM_COMPARED)
-    with torch.no_grad():
-        points, _ = flow.rsample_and_log_prob((count,))
-    log_density = LogDensity(function, points)
-    if log_density.reason:
-        warnings.warn(f"fit_density calls `log_density` once for each of {num_particles} "
-                      f"particles, which is slow: {log_density.reason}.", stacklevel=3)
-    flow, centres = density_start(flow, log_density)
-    loop = DensityLoop(flow, log_density, objective, num_particles=num_particles, **options)
-    flow = _run(flow, loop)
-    _judge(flow, log_density, loop.history, num_particles, centres)
-    return flow, loop.history
+    return LogDensity(function, flow.rsample_and_log_prob((count,))[0])
 
 
-def _run(flow: Flow, loop: LikelihoodLoop | DensityLoop) -> Flow:
+def _run(flow: Flow, loop: LikelihoodLoop | DensityLoop) -> None:
     history = loop.run()
     if not history.elbo and not history.interrupted:
         raise ValueError(f"fit_density: the fit is not finite at its first step; to blame is "
                          f"{history.rollbacks[-1][1] if history.rollbacks else 'the clock'}. Take "
                          "a smaller lr, or another flow.")
-    return flow.eval()
+    flow.eval()
 
 
 def _judge(flow: Flow, log_density: LogDensity, history: DensityHistory, num_particles: int,
@@ -257,10 +323,10 @@ def _copied(flow: Any, input_dim: int | None, context_dim: int, dtype: torch.dty
     return flow
 
 
-def _warn(history: DensityHistory) -> None:
+def _warn(history: DensityHistory, checkpoint: Checkpoint | None) -> None:
     if history.interrupted:
         warnings.warn(f"fit_density was interrupted after {len(history.elbo)} steps; this is the "
-                      "best so far.", stacklevel=3)
+                      f"best so far.{way_on(checkpoint)}", stacklevel=3)
     problems = [history.stopped] if history.stopped and not history.patience_lost else []
     for problem in [*problems, *history.concerns]:
         warnings.warn(f"fit_density: {problem}.", stacklevel=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_nfvi._shapes import check_axes
 from pyro_nfvi.engine import Stepper
 from pyro_nfvi.flows import Flow
+from pyro_nfvi.inference.checks import check_estimates
 from pyro_nfvi.inference.density_data import Rows
 from pyro_nfvi.inference.density_start import NUM_SCORED, mean_log_prob
 from pyro_nfvi.inference.log_density import LogDensity
-from pyro_nfvi.inference.loop import History, Loop
+from pyro_nfvi.inference.loop import History
 from pyro_nfvi.inference.minibatches import Minibatches
+from pyro_nfvi.inference.module_loop import ModuleLoop
 from pyro_nfvi.inference.stopping import LONGEST_HOLD, LOOK_EVERY, OneCycle, UntilFlat
 
 NUM_CHECKS = 20  # looks at the data, at least
@@ -72,6 +75,7 @@ class DensityHistory(History):
         """
         import matplotlib.pyplot as plt
 
+        check_axes("DensityHistory", ax)
         ax = plt.subplots(figsize=(7, 3.5), layout="constrained")[1] if ax is None else ax
         if self.checks:
             ax.plot(self.checks, self.train, label="train")
@@ -92,13 +96,22 @@ class UntilHalf(UntilFlat):
         num_steps: Largest number of steps.
     """
 
+    def rates(self, start: int, count: int) -> list[float]:
+        """Fractions of the largest rate, up to the half."""
+        left = count if self.hold is not None else self._half - start
+        return super().rates(start, min(count, left))
+
     def look(self, elbo: Sequence[float]) -> None:
         """Let the rate fall after half of the steps."""
-        if len(elbo) >= LONGEST_HOLD * self.budget:
+        if len(elbo) >= self._half:
             self.hurry(len(elbo))
 
+    @property
+    def _half(self) -> int:
+        return math.ceil(LONGEST_HOLD * self.budget)
 
-class LikelihoodLoop(Loop):
+
+class LikelihoodLoop(ModuleLoop):
     """Maximum likelihood on minibatches, with a look at held-out rows now and then.
 
     Args:
@@ -116,13 +129,11 @@ class LikelihoodLoop(Loop):
                  patience: int, num_steps: int, **options: Any) -> None:
         self.minibatches = Minibatches([part for part in rows if part is not None], batch_size)
         schedule = UntilFlat(num_steps) if held_out is None else UntilHalf(num_steps)
-        super().__init__([p for p in flow.parameters() if p.requires_grad], self._estimates,
-                         self._blame, schedule, name="fit_density", feed=self.minibatches,
-                         **options)
+        self.history: DensityHistory
+        super().__init__(flow, self._estimates, self._blame, schedule, DensityHistory(),
+                         name="fit_density", feed=self.minibatches, **options)
         self.flow, self.held_out, self.patience = flow, held_out, patience
         self.every = max(LOOK_EVERY, min(self.minibatches.num_batches, num_steps // NUM_CHECKS))
-        self.history: DensityHistory = DensityHistory()
-        self.best: dict[str, Tensor] | None = None
         self.trusted: tuple[Tensor, int] | None = None  # the optimiser then
         self.waited = self.cuts = 0  # checks since the best one, and times it was gone back to
 
@@ -130,8 +141,6 @@ class LikelihoodLoop(Loop):
         """Make the steps, and go back to the best check."""
         self.flow.train()
         super().run()
-        if self.best is not None:
-            self.flow.load_state_dict(self.best)
         self.flow.eval()
         return self.history
 
@@ -153,9 +162,19 @@ class LikelihoodLoop(Loop):
 
     def _optimise(self, stepper: Stepper, bar: tqdm) -> None:
         """The start is looked at first: it may be the best."""
-        x, *context = (part[:NUM_SCORED] for part in self.minibatches.parts)
-        self._check(stepper, 0, mean_log_prob(self.flow, x, *(context or [None])))
+        if not self.history.checks:
+            x, *context = (part[:NUM_SCORED] for part in self.minibatches.parts)
+            self._check(stepper, 0, mean_log_prob(self.flow, x, *(context or [None])))
         super()._optimise(stepper, bar)
+
+    def _snapshot(self, stepper: Stepper) -> dict[str, Any]:
+        return {**super()._snapshot(stepper), "trusted": self.trusted, "waited": self.waited,
+                "cuts": self.cuts}
+
+    def _restore(self, stepper: Stepper, snapshot: Mapping[str, Any]) -> None:
+        super()._restore(stepper, snapshot)
+        self.trusted, self.waited = snapshot["trusted"], snapshot["waited"]
+        self.cuts = snapshot["cuts"]
 
     def _chunk(self, stepper: Stepper) -> int:
         """No further than the next check."""
@@ -184,7 +203,7 @@ class LikelihoodLoop(Loop):
         self.waited += 1
         if self.best is None or value < history.validation[history.checks.index(history.best_step)]:
             history.best_step, self.waited = history.checks[-1], 0
-            self.best = {name: value.clone() for name, value in self.flow.state_dict().items()}
+            self._note_best()
             self.trusted = stepper.state.live.clone(), stepper.state.step
         elif self.waited >= self.patience:
             self._lose_patience(stepper)
@@ -220,6 +239,7 @@ class Annealing:
     """
 
     most = 2 ** 12
+    epoch = None
 
     def __init__(self, num_steps: int, like: Tensor) -> None:
         self.num_steps, self.step = num_steps, 0
@@ -236,11 +256,20 @@ class Annealing:
         self.step = step
         self.live[0].fill_(self._power(step))
 
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """Where it is at a step, as a file holds it."""
+        return {"step": step, "num_steps": self.num_steps}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.num_steps = snapshot["num_steps"]
+        self.rewind(snapshot["step"])
+
     def _power(self, step: int) -> float:
         return min(1.0, COLDEST + (1 - COLDEST) * step / self.num_steps) if self.num_steps else 1.0
 
 
-class DensityLoop(Loop):
+class DensityLoop(ModuleLoop):
     """Reverse Kullback-Leibler divergence to a density, by its powers.
 
     Args:
@@ -260,13 +289,11 @@ class DensityLoop(Loop):
         power, = self.annealing.live
 
         def estimates() -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = objective(
-                flow, lambda z: power * log_density(z), num_particles)
-            return result
-        super().__init__([p for p in flow.parameters() if p.requires_grad], estimates,
-                         log_density.first_bad_site, OneCycle(num_steps), name="fit_density",
-                         feed=self.annealing, **options)
-        self.history: DensityHistory = DensityHistory()
+            return check_estimates("fit_density", objective(
+                flow, lambda z: power * log_density(z), num_particles))
+        self.history: DensityHistory
+        super().__init__(flow, estimates, log_density.first_bad_site, OneCycle(num_steps),
+                         DensityHistory(), name="fit_density", feed=self.annealing, **options)
 
     def _keep_to_time(self) -> None:
         """Plan no more steps than there is time for."""

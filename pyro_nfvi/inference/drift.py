@@ -22,7 +22,8 @@ MANY = 10_000  # gradients, above which the most leapfrog steps are made
 RARE = (0.01, 0.05)  # fractions of the draws that are extreme
 LEAST_ACCEPTED = 0.2  # acceptance rate below which chains say nothing
 LEAST_CHANGED = 10  # chains that must change sides for an indicator to tell
-CHUNK = 1000
+CHUNK = 1000  # draws at a time
+MAX_FULL = 400  # latents up to which chains run in coordinates that the covariance decorrelates
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,28 @@ def drift(score: Score, flow: Flow | GuideDraws, sample: ImportanceSample, layou
     num_chains, num_transitions, num_leapfrogs = _affordable(budget / score.work)
     chosen = sample.resample(min(num_chains, max(int(2 * sample.ess), FEWEST_CHAINS)))
     start = z[chosen]
-    mean = weights @ z
-    centred = z - mean
-    covariance = (weights.unsqueeze(-1) * centred).mT @ centred
-    factor = factor_or_scales(covariance)
+    mean, deviation, factor = _moments(z, weights)
     moved = short_chains(score, start, factor, num_transitions, num_leapfrogs)
     if moved.acceptance < LEAST_ACCEPTED:  # the covariance is not that of any one place
         moved = short_chains(score, start, 0.1 * factor, num_transitions, num_leapfrogs)
-    deviation = covariance.diagonal().sqrt()
     limits = _limits(sample)
     rare = [_rare(score, flow, limits, points) for points in (moved.start, moved.end)]
     before, after = (_statistics((points - mean) / deviation, r)
                      for points, r in zip((moved.start, moved.end), rare, strict=True))
     return _largest(before, after, sample.ess, layout)
+
+
+def _moments(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviations, and a factor of the covariance: of many latents, only scales."""
+    mean = weights @ z
+    if z.shape[-1] <= MAX_FULL:
+        centred = z - mean
+        covariance = (weights.unsqueeze(-1) * centred).mT @ centred
+        return mean, covariance.diagonal().sqrt(), factor_or_scales(covariance)
+    variance = torch.zeros_like(mean)
+    for part, weight in zip(z.split(CHUNK), weights.split(CHUNK), strict=True):
+        variance += weight @ (part - mean).square()
+    return mean, variance.sqrt(), variance.clamp(min=1e-300).sqrt()
 
 
 def _statistics(x: Tensor, rare: Tensor) -> Tensor:
@@ -142,6 +152,8 @@ def _largest(before: Tensor, after: Tensor, ess: float, layout: LatentLayout) ->
     variance = moves.var(0) / len(moves) + before.var(0) / ess
     variance[2 * dim:].clamp_(min=LEAST_CHANGED / len(moves) ** 2)
     z_scores = (moves.mean(0) / variance.clamp(min=1e-24).sqrt()).abs().nan_to_num(0.0)
+    if dim > MAX_FULL:  # few chains of many latents, one of which lies far out by chance
+        z_scores = _as_normal(z_scores, len(moves) - 1)
     limit = torch.special.ndtri(torch.tensor(
         1 - FALSE_ALARM / 2 / len(z_scores), dtype=torch.float64)).item()
     worst = int(z_scores.argmax())
@@ -149,3 +161,13 @@ def _largest(before: Tensor, after: Tensor, ess: float, layout: LatentLayout) ->
     size = max(moves.mean(0)[place].abs().item(),
                (after.std(0) - before.std(0))[place].abs().item())
     return Drift(layout.at(place).name, z_scores[worst].item(), limit, size)
+
+
+def _as_normal(t: Tensor, df: int) -> Tensor:
+    """Size of the normal score that is as rare as a Student's t.
+
+    References:
+        Wallace (1959), Bounds on normal approximations to Student's t, Annals of Mathematical
+        Statistics 30(4), section 3.
+    """
+    return (8 * df + 1) / (8 * df + 3) * (df * (t.square() / df).log1p()).sqrt()

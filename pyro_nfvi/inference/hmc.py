@@ -39,7 +39,8 @@ def short_chains(score: Score, start: Tensor, factor: Tensor, num_transitions: i
     Args:
         score: The log joint and its gradient.
         start: Points ``(C, D)``, all of finite density.
-        factor: :math:`L`, ``(D, D)``, with :math:`LL^\top` about the covariance.
+        factor: :math:`L`, ``(D, D)``, with :math:`LL^\top` about the covariance; or scales
+            ``(D,)``, its diagonal.
         num_transitions: Transitions of every chain.
         num_leapfrogs: Leapfrog steps of each, on average.
 
@@ -67,10 +68,14 @@ def short_chains(score: Score, start: Tensor, factor: Tensor, num_transitions: i
 
 def _leapfrog(score: Score, z: Tensor, gradient: Tensor, momentum: Tensor, factor: Tensor,
               step: float, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    momentum = momentum + 0.5 * step * gradient @ factor
+    momentum = momentum + 0.5 * step * _times(gradient, factor)
     for i in range(length):
-        z = z + step * momentum @ factor.mT
+        z = z + step * _times(momentum, factor.mT if factor.dim() > 1 else factor)
         log_p, gradient = score(z)
         part = step if i < length - 1 else 0.5 * step
-        momentum = momentum + part * gradient @ factor
+        momentum = momentum + part * _times(gradient, factor)
     return z, log_p, gradient, momentum
+
+
+def _times(rows: Tensor, factor: Tensor) -> Tensor:
+    return rows @ factor if factor.dim() > 1 else rows * factor

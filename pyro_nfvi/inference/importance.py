@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi import _arviz
+from pyro_nfvi._memory import computed_bytes
 from pyro_nfvi.flows import Flow
 from pyro_nfvi.guides import GuideDraws
 
-CHUNK = 2000  # draws scored at a time
+CHUNK = 2000  # draws scored at a time, at most
+FEW = 20  # draws that are scored at once, whatever they take
+CHUNK_BYTES = 1e9  # computed for them
+DRAWN_NUMBERS = 4_000_000  # of draws made at a time
 NUM_SAMPLES = 10_000  # draws behind a gate, k-hat, weights and summaries
 
 
@@ -86,19 +90,43 @@ def importance_sample(flow: Flow | GuideDraws, log_joint: Callable[[Tensor], Ten
 
     Draws whose log joint is not finite get weight zero; if none is finite, k-hat is infinite.
     """
-    z, log_q = flow.rsample_and_log_prob((num_samples,))
+    z, log_q = _drawn(flow, num_samples)
     log_p = scored(log_joint, z)
-    ratios = (log_p - log_q).double().cpu()
+    log_p, log_q = log_p.cpu().double(), log_q.cpu().double()  # before the difference rounds
+    ratios = log_p - log_q
     ratios = ratios.where(ratios.isfinite(), torch.tensor(-np.inf, dtype=ratios.dtype))
     log_weights, pareto_k = _smooth(ratios.numpy())
-    return ImportanceSample(z.cpu(), log_p.double().cpu(), log_q.double().cpu(),
-                            torch.from_numpy(log_weights), pareto_k)
+    return ImportanceSample(z.cpu(), log_p, log_q, torch.from_numpy(log_weights), pareto_k)
+
+
+def _drawn(flow: Flow | GuideDraws, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Draws and their log densities; of many latents so many at a time, as a flow makes copies."""
+    dim = flow.input_dim if isinstance(flow, Flow) else flow.layout.size
+    size = max(1, DRAWN_NUMBERS // max(dim, 1))
+    z, log_q = flow.rsample_and_log_prob((min(size, num_samples),))
+    if num_samples <= size:
+        return z, log_q
+    all_z, all_log_q = z.new_empty(num_samples, dim), log_q.new_empty(num_samples)
+    all_z[:size], all_log_q[:size] = z, log_q
+    for i in range(size, num_samples, size):
+        all_z[i:i + size], all_log_q[i:i + size] = flow.rsample_and_log_prob(
+            (min(size, num_samples - i),))
+    return all_z, all_log_q
 
 
 def scored(log_joint: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Log joint of draws, so many at a time; nan where a matrix has no factor."""
+    """Log joint of draws, so many at a time as memory holds; nan where a matrix has no factor."""
     blank = z.new_full((1,), torch.nan)
-    return torch.cat([bisected(log_joint, part, blank) for part in z.split(CHUNK)])
+    return torch.cat([bisected(log_joint, part, blank)
+                      for part in z.split(_at_once(log_joint, z, blank))])
+
+
+def _at_once(log_joint: Callable[[Tensor], Tensor], z: Tensor, blank: Tensor) -> int:
+    """How many draws are scored at a time, from what two of them take."""
+    if len(z) <= FEW:
+        return CHUNK
+    each = computed_bytes(lambda: bisected(log_joint, z[:2], blank)) / 2
+    return max(1, min(CHUNK, int(CHUNK_BYTES / max(each, 1.0))))
 
 
 def bisected(function: Callable[[Tensor], Tensor], z: Tensor, blank: Tensor) -> Tensor:

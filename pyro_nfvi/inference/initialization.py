@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_nfvi.flows import FixedLinear, FixedLowRank, Flow, Gaussian
 from pyro_nfvi.inference.batch_and_match import batch_and_match
+from pyro_nfvi.inference.curvature import curved
 from pyro_nfvi.inference.factors import factor_or_scales
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.pathfinder import PathGaussian, pathfinder
@@ -17,7 +18,10 @@ from pyro_nfvi.inference.score import Score, elbo_of
 
 NUM_STARTS = 12
 MORE_STARTS = 24  # once there is more than one place to find
+FEWEST_STARTS, NUM_GRADIENTS = 4, 300  # starts of a costly model, and gradients of each
+PATH_BUDGET = 5e9  # numbers computed on the way from all of them
 MAX_PLACES = 8
+MAX_CURVED = 3  # of them, of many latents, that the curvature improves
 MAX_FULL = 400  # latents up to which a covariance is full
 NUM_DRAWS = 256  # that compare the ELBO of Gaussians
 FAR = 5.0  # standard deviations between two places, by the wider of them
@@ -59,19 +63,20 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
     """Find Gaussians that approximate a posterior, from many starts.
 
     Pathfinder runs from every start; if the paths end in more than one place, from more starts.
-    Batch and match then improves the best Gaussian of each place. Up to ``max_full`` latents
-    covariances are full, beyond that diagonal plus low rank, as Pathfinder left them.
+    Batch and match then improves the best Gaussian of each place. Beyond ``max_full`` latents
+    covariances are diagonal plus low rank, and the mean curvature improves them
+    (:func:`~pyro_nfvi.inference.curvature.curved`).
 
     Args:
         score: The log joint and its gradient.
         draw_starts: Returns so many starting points ``(S, D)``.
         match: Whether to improve what Pathfinder found.
-        max_full: Number of latents up to which a covariance is full.
+        max_full: Number of latents up to which a covariance is full throughout.
 
     Returns:
         The Gaussians, or None if the log joint is finite at none of the starts.
     """
-    found = pathfinder(score, draw_starts(NUM_STARTS))
+    found = pathfinder(score, _affordable(score, draw_starts(NUM_STARTS)))
     if not found:
         return None
     places = _places(score, found)
@@ -79,7 +84,7 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
         found = _by_elbo(found + pathfinder(score, draw_starts(MORE_STARTS)))
         places = _places(score, found)
     if len(found[0].loc) > max_full:
-        return _ranked(score, [_low_rank(place) for place in places])
+        return _ranked(score, _large(score, places, match))
     if len(places) == 1:  # the best by luck, perhaps
         places += [g for g in found[:_num_matched(score)] if g.elbo < found[0].elbo - DIP]
     flows = _improved(score, places, found[0].elbo, match)
@@ -90,6 +95,23 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
     if found[0].arrived:
         return ranked
     return GaussianStart(ranked.places[:1], ranked.elbo[:1])  # no modes, but a way to infinity
+
+
+def _affordable(score: Score, starts: Tensor) -> Tensor:
+    """The given start and the highest others, as many as can be paid for."""
+    count = int(max(PATH_BUDGET / (NUM_GRADIENTS * score.estimated_work(starts)), FEWEST_STARTS))
+    if count >= len(starts):
+        return starts
+    order = score.value(starts).nan_to_num(-torch.inf)[1:].argsort(descending=True)
+    return torch.cat([starts[:1], starts[1:][order[:count - 1]]])
+
+
+def _large(score: Score, places: Sequence[PathGaussian], match: bool) -> list[Flow]:
+    """Gaussians of low rank, and what their curvature makes of them."""
+    flows = [_low_rank(place) for place in places]
+    if not match:
+        return flows
+    return flows + [new for flow in flows[:MAX_CURVED] for new in curved(score, flow)]
 
 
 def _num_matched(score: Score) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 ScoreFn = Callable[[Tensor], tuple[Tensor, Tensor]]  # points -> log densities, gradients
+Step = tuple[Tensor, Tensor, Tensor]  # point, log density, gradient
 
 ARMIJO, WOLFE = 1e-4, 0.9
 MAX_TRIALS = 25  # of step lengths, a line search
+WORKING = 8  # arrays of points at work at the same time
+COSTLY = 1e6  # numbers a score of all points, above which points at rest are left out
 TINY_GAIN = 1e-10  # relative gain of a step below which a path has arrived
 
 
@@ -39,36 +43,32 @@ class _Memory:
     """
 
     def __init__(self, starts: Tensor, size: int) -> None:
-        count, dim = starts.shape
-        self.s = starts.new_zeros(size, count, dim)
-        self.y = starts.new_zeros(size, count, dim)
-        self.rho = starts.new_zeros(size, count)  # 1 / (s . y), zero where there is no change yet
-        self.scale = starts.new_ones(count)
+        self.changes: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=size)
+        self.scale = starts.new_ones(len(starts))
 
     def push(self, s: Tensor, y: Tensor) -> None:
         """Remember changes ``(S, D)`` of those starts whose curvature is positive."""
         curvature, size = (s * y).sum(-1), y.square().sum(-1)
         good = (curvature > 1e-12 * size) & (curvature > 0)
-        rho = 1 / curvature.where(good, size + 1)
-        for kept, new in ((self.s, s), (self.y, y), (self.rho, rho)):
-            shifted = torch.cat([kept[1:], new.unsqueeze(0)])
-            kept.copy_(shifted.where(good.reshape(-1, *[1] * (kept.dim() - 2)), kept))
+        rho = (1 / curvature.where(good, size + 1)).where(good, curvature.new_zeros(()))
+        self.changes.append((s, y, rho))  # rho = 1 / (s . y), zero where there is no change
         self.scale = (curvature / size).where(good, self.scale)
 
     def forget(self, which: Tensor) -> None:
         """Start again at the gradient for these starts."""
-        self.rho[:, which] = 0
+        for _, _, rho in self.changes:
+            rho[which] = 0
         self.scale = self.scale.where(~which, self.scale.new_ones(()))
 
     def direction(self, gradient: Tensor) -> Tensor:
         """The inverse Hessian times the gradient, by the two loops."""
         q, alphas = gradient, []
-        for s, y, rho in zip(self.s.flip(0), self.y.flip(0), self.rho.flip(0), strict=True):
+        for s, y, rho in reversed(self.changes):
             alpha = (rho * (s * q).sum(-1)).unsqueeze(-1)
             q = q - alpha * y
             alphas.append(alpha)
         q = self.scale.unsqueeze(-1) * q
-        for s, y, rho, alpha in zip(self.s, self.y, self.rho, reversed(alphas), strict=True):
+        for (s, y, rho), alpha in zip(self.changes, reversed(alphas), strict=True):
             beta = (rho * (y * q).sum(-1)).unsqueeze(-1)
             q = q + (alpha - beta) * s
         return q
@@ -98,7 +98,9 @@ def maximize(score: ScoreFn, starts: Tensor, num_steps: int = 200, memory: int =
     z = starts
     log_p, gradient = score(z)
     alive = fresh = log_p.isfinite()
-    past, steps = _Memory(starts, memory), [(z, log_p, gradient, alive)]
+    past = _Memory(starts, memory)
+    steps: list[list[Step]] = [[] for _ in starts]  # of each start, which end at their own time
+    _keep(steps, (z, log_p, gradient), alive)
     for _ in range(num_steps):
         direction = _ascent(past, gradient)
         new = _line_search(score, z, log_p, gradient, direction, alive, fresh)
@@ -112,8 +114,13 @@ def maximize(score: ScoreFn, starts: Tensor, num_steps: int = 200, memory: int =
         past.forget(fresh)
         z, log_p, gradient = (a.where(moved.reshape(-1, *[1] * (a.dim() - 1)), b)
                               for a, b in zip(new, (z, log_p, gradient), strict=True))
-        steps.append((z, log_p, gradient, moved))
-    return [_path(steps, start) for start in range(len(starts)) if steps[0][3][start]]
+        _keep(steps, (z, log_p, gradient), moved)
+    paths = []
+    while steps:  # each leaves as its path is made, so that few are held twice
+        own = steps.pop(0)
+        if own:
+            paths.append(_path(own))
+    return paths
 
 
 def _ascent(past: _Memory, gradient: Tensor) -> Tensor:
@@ -133,7 +140,7 @@ def _line_search(score: ScoreFn, z: Tensor, log_p: Tensor, gradient: Tensor, dir
     open_ = alive.clone()
     for _ in range(MAX_TRIALS):
         new_z = z + length.unsqueeze(-1) * direction
-        new_log_p, new_gradient = score(new_z.where(open_.unsqueeze(-1), z))
+        new_log_p, new_gradient = _scored(score, new_z, open_, z, log_p, gradient)
         enough = new_log_p >= log_p + ARMIJO * length * slope
         flat = (direction * new_gradient).sum(-1) <= WOLFE * slope
         better = open_ & enough & (new_log_p > best[1])
@@ -147,8 +154,26 @@ def _line_search(score: ScoreFn, z: Tensor, log_p: Tensor, gradient: Tensor, dir
     return best
 
 
-def _path(steps: list[tuple[Tensor, Tensor, Tensor, Tensor]], start: int) -> Path:
+def _scored(score: ScoreFn, new_z: Tensor, open_: Tensor, z: Tensor, log_p: Tensor,
+            gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Score of the open points; of a costly one in batches of few sizes, each of them recorded."""
+    rows = open_.nonzero().flatten()
+    size = next(size for size in (-(-len(z) // 4), -(-len(z) // 2), len(z)) if size >= len(rows))
+    if size == len(z) or getattr(score, "work", 0.0) * len(z) < COSTLY:
+        return score(new_z.where(open_.unsqueeze(-1), z))
+    padded = torch.cat([rows, rows[-1:].expand(size - len(rows))])
+    few_log_p, few_gradient = score(new_z[padded])
+    return (log_p.index_copy(0, rows, few_log_p[:len(rows)]),
+            gradient.index_copy(0, rows, few_gradient[:len(rows)]))
+
+
+def _keep(steps: list[list[Step]], new: Step, moved: Tensor) -> None:
+    """Remember where those starts are that have moved."""
+    for start in moved.nonzero().flatten().tolist():
+        z, log_p, gradient = (part[start].clone() for part in new)  # not the whole batch
+        steps[start].append((z, log_p, gradient))
+
+
+def _path(steps: list[Step]) -> Path:
     """The steps of one start."""
-    own = [steps[0], *[step for step in steps[1:] if step[3][start]]]
-    z, log_p, gradient = (torch.stack([step[i][start] for step in own]) for i in range(3))
-    return Path(z, log_p, gradient)
+    return Path(*(torch.stack(parts) for parts in zip(*steps, strict=True)))

@@ -45,7 +45,11 @@ class LogJoint:
     Attributes:
         batched: Whether one run serves all particles.
         reason: Why not, or an empty string.
+        all_at_once: Whether it is best asked about all latents at once, and takes them part by part
+            itself.
     """
+
+    all_at_once = False
 
     def __init__(self, model: Callable, args: tuple, kwargs: dict, layout: LatentLayout,
                  dtype: torch.dtype | None = None) -> None:

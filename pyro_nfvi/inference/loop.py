@@ -6,9 +6,10 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from signal import SIGINT
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from tqdm.auto import tqdm
 
 from pyro_nfvi.engine import Engine, Stepper
 from pyro_nfvi.engine.draws import Replay
+from pyro_nfvi.inference.signals import DeferredSignals, deferred_signals
 from pyro_nfvi.inference.stopping import OneCycle
+from pyro_nfvi.inference.team import Alone, Team
 
 MAX_ROLLBACKS = 10
 FIRST_CHUNK = 5  # steps, to learn what one takes
@@ -31,6 +34,10 @@ class Feed(Protocol):
         """The tensors the estimates read, filled as for some step."""
 
     @property
+    def epoch(self) -> int | None:
+        """Number of epochs completed by the last step supplied; None if there are none."""
+
+    @property
     def most(self) -> int:
         """Largest number of steps to supply at once."""
 
@@ -40,7 +47,24 @@ class Feed(Protocol):
     def rewind(self, step: int) -> None:
         """Go back to one of the steps supplied last, whose values become the live ones."""
 
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """Where the supply is at one of the steps supplied last, as a file holds it."""
 
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot: the next values are those it would have supplied."""
+
+
+class Keeper(Protocol):
+    """Keeps snapshots of a loop, in files say."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for one."""
+
+    def keep(self, snapshot: dict[str, Any]) -> None:
+        """Keep it."""
+
+
+H = TypeVar("H", bound="History")
 Estimates = Callable[[], tuple[Tensor, Tensor]]  # -> ELBO of each particle, latents
 
 
@@ -94,6 +118,14 @@ class History:
         """Number of gradients of the log joint, over all stages."""
         return sum(stage.gradients for stage in self.stages)
 
+    @classmethod
+    def of(cls: type[H], content: Mapping[str, Any]) -> H:
+        """The history that ``dataclasses.asdict`` has turned into dicts and lists."""
+        engines = [Engine(**engine) for engine in content["engines"]]
+        stages = [Stage(**stage) for stage in content["stages"]]
+        rollbacks = [(step, site) for step, site in content["rollbacks"]]
+        return cls(**{**content, "engines": engines, "stages": stages, "rollbacks": rollbacks})
+
     def __add__(self, later: History) -> History:
         """Two stages as one."""
         shifted = [(step + len(self.elbo), site) for step, site in later.rollbacks]
@@ -122,6 +154,10 @@ class Loop:
             :data:`pyro_nfvi.engine.TIERS`.
         deadline: Time of ``time.monotonic()`` by which to be done; the rate falls before.
         feed: What the estimates read beside the parameters, new at each step.
+        team: The processes that share the work; each estimates its own particles, or reads its
+            own rows.
+        keeper: Keeps snapshots on the way, and when a signal ends the loop.
+        snapshot: Where to go on from. Default: the start.
 
     References:
         Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI, arXiv:2006.10343 (many
@@ -131,12 +167,16 @@ class Loop:
     def __init__(self, parameters: Sequence[nn.Parameter], estimates: Estimates,
                  blame: Callable[[Tensor], str], schedule: OneCycle | int, lr: float,
                  progress: bool = True, name: str = "fit", compile: str = "auto",
-                 deadline: float = math.inf, feed: Feed | None = None) -> None:
+                 deadline: float = math.inf, feed: Feed | None = None,
+                 team: Team | None = None, keeper: Keeper | None = None,
+                 snapshot: Mapping[str, Any] | None = None) -> None:
         self.parameters, self.estimates, self.blame = list(parameters), estimates, blame
         self.schedule = OneCycle(schedule) if isinstance(schedule, int) else schedule
         self.lr, self.progress, self.name = lr, progress, name
         self.compile, self.deadline, self.start = compile, deadline, time.monotonic()
         self.feed, self.history, self.cut = feed, History(), 1.0
+        self.team: Team = Alone() if team is None else team
+        self.keeper, self.resumed, self.checks = keeper, snapshot, 0
         self.stepper: Stepper | None = None
 
     @property
@@ -152,12 +192,12 @@ class Loop:
 
     def run(self) -> History:
         """Make the steps; Ctrl-C ends them early, with the parameters as they are."""
-        begin = time.monotonic()
         with tqdm(total=self.num_steps, desc=self.name, disable=not self.progress) as bar:
             try:
-                self.stepper = Stepper(self._loss, self.parameters, self.compile, self.num_steps,
-                                       () if self.feed is None else self.feed.live)
+                self.stepper = self._stepper()
                 self.history.elbo = self.stepper.elbo
+                if self.resumed is not None:
+                    self._restore(self.stepper, self.resumed)
                 self._optimise(self.stepper, bar)
             except KeyboardInterrupt:
                 self.history.interrupted = True
@@ -166,31 +206,86 @@ class Loop:
                     self.stepper.state.write_back()
                     self.history.engines.append(self.stepper.engine)
         self.history.stages.append(Stage(self.name, len(self.history.elbo)))
-        self.history.seconds = time.monotonic() - begin
+        self.history.seconds = time.monotonic() - self.start
         return self.history
 
+    def _stepper(self) -> Stepper:
+        tier = self.compile if self.resumed is None else self.resumed["stepper"]["tier"]
+        feeds = () if self.feed is None else self.feed.live
+        reduce = None if self.team.size == 1 else self._mean_of_all
+        return Stepper(self._loss, self.parameters, tier, self.num_steps, feeds, reduce)
+
     def _loss(self) -> list[Tensor]:
-        """The ELBO and the gradients of its negative."""
+        """The ELBO and the gradients of its negative: the sums and their number, if shared."""
         elbo, latents = self.estimates()
         self.last = elbo.detach(), latents.detach()
         finite = elbo.isfinite()  # the others are left out, unless there are only others
-        mean = elbo.where(finite, elbo.new_zeros(())).sum() / finite.sum()
-        return [mean, *torch.autograd.grad(-mean, self.parameters, materialize_grads=True)]
+        total, count = elbo.where(finite, elbo.new_zeros(())).sum(), finite.sum()
+        shared = self.team.size > 1
+        value = total if shared else total / count
+        gradients = torch.autograd.grad(-value, self.parameters, materialize_grads=True)
+        return [value, *gradients, *([count.to(value.dtype)] if shared else [])]
+
+    def _mean_of_all(self, flat: Tensor) -> Tensor:
+        """The mean over the particles of all processes, from the sums of one and their number."""
+        flat = self.team.sum_(flat)
+        return flat[:-1] / flat[-1]
 
     def _optimise(self, stepper: Stepper, bar: tqdm) -> None:
-        elbo, checks = self.history.elbo, 0
-        trusted = self._trust(stepper)
-        while len(elbo) < self.num_steps and not self.history.stopped:
-            rates = [self.cut * self.lr * rate for rate in
-                     self.schedule.rates(len(elbo), self._chunk(stepper))]
-            fed = () if self.feed is None else self.feed.take(len(rates))
-            if stepper.run(rates, fed) < len(rates):
-                self._roll_back(stepper)
-            self._look(stepper)
-            if len(elbo) * NUM_CHECKS >= checks * self.num_steps:  # the last at the end
-                checks += 1
-                trusted = self._checked(stepper, trusted)
-            self._show(bar)
+        elbo, trusted = self.history.elbo, self._trust(stepper)
+        bar.initial = len(elbo)
+        if self.keeper is not None:
+            self.keeper.due(len(elbo))  # from here on
+        with deferred_signals(sigterm=self.keeper is not None) as signals:
+            while len(elbo) < self.num_steps and not self.history.stopped:
+                self._steps(stepper)
+                self._look(stepper)
+                if len(elbo) * NUM_CHECKS >= self.checks * self.num_steps:  # the last at the end
+                    self.checks += 1
+                    trusted = self._checked(stepper, trusted)
+                self._show(bar)
+                self._heed(stepper, signals)
+            self._heed(stepper, signals)
+
+    def _heed(self, stepper: Stepper, signals: DeferredSignals) -> None:
+        """Keep a snapshot if it is time for one, and do what any of the processes is asked for."""
+        asked, = self.team.agree([signals.requested or 0])
+        self._keep(stepper, ended=bool(asked))
+        if asked:
+            signals.raise_requested()
+            if self.team.size > 1:
+                raise KeyboardInterrupt if asked == SIGINT else SystemExit(128 + int(asked))
+
+    def _steps(self, stepper: Stepper) -> None:
+        """So many steps as fit between two looks at the outside."""
+        count = int(self.team.agree([self._chunk(stepper)])[0])
+        rates = [self.cut * self.lr * rate for rate in
+                 self.schedule.rates(len(self.history.elbo), count)]
+        fed = () if self.feed is None else self.feed.take(len(rates))
+        if stepper.run(rates, fed) < len(rates):
+            self._roll_back(stepper)
+
+    def _keep(self, stepper: Stepper, ended: bool) -> None:
+        """Keep a snapshot if it is time for one, or the last."""
+        step = len(self.history.elbo)
+        if self.keeper is not None and (ended or self.keeper.due(step)):
+            self.keeper.keep(self._snapshot(stepper))
+
+    def _snapshot(self, stepper: Stepper) -> dict[str, Any]:
+        """Where the loop is, as a file holds it."""
+        feed = None if self.feed is None else self.feed.snapshot(len(self.history.elbo))
+        return {"stepper": stepper.snapshot(), "schedule": self.schedule.snapshot(), "feed": feed,
+                "cut": self.cut, "checks": self.checks, "rollbacks": self.history.rollbacks,
+                "seconds": time.monotonic() - self.start}
+
+    def _restore(self, stepper: Stepper, snapshot: Mapping[str, Any]) -> None:
+        stepper.restore(snapshot["stepper"])
+        self.schedule.restore(snapshot["schedule"])
+        if self.feed is not None:
+            self.feed.restore(snapshot["feed"])
+        self.cut, self.checks = snapshot["cut"], snapshot["checks"]
+        self.history.rollbacks[:] = [(step, site) for step, site in snapshot["rollbacks"]]
+        self.start -= snapshot["seconds"]
 
     def _look(self, stepper: Stepper) -> None:
         """Look at what has happened, and at the clock."""
@@ -200,9 +295,11 @@ class Loop:
     def _keep_to_time(self) -> None:
         """Two thirds of the time are for steps at full rate; at its end the loop stops."""
         now = time.monotonic()
-        if now >= self.deadline:
+        hurried = now > self.start + (self.deadline - self.start) * 2 / 3
+        up, late = self.team.agree([now >= self.deadline, hurried])
+        if up:
             self.history.stopped = "its time was up"
-        elif now > self.start + (self.deadline - self.start) * 2 / 3:
+        elif late:
             self.schedule.hurry(len(self.history.elbo))
 
     def _chunk(self, stepper: Stepper) -> int:
@@ -219,7 +316,7 @@ class Loop:
     def _checked(self, stepper: Stepper, trusted: tuple[Tensor, int, int]
                  ) -> tuple[Tensor, int, int]:
         """Compare with the model; if it has changed, go back to where it had not."""
-        problem = stepper.agrees()
+        problem = self.team.first(stepper.agrees())
         if not problem:
             return self._trust(stepper)
         live, step, count = trusted
@@ -237,7 +334,7 @@ class Loop:
         step = len(self.history.elbo)
         if self.feed is not None:
             self.feed.rewind(step)
-        site = self._site(stepper)
+        site = self.team.first(self._site(stepper)) or "the gradient"
         self.history.rollbacks.append((step, site))
         stepper.state.roll_back()
         self.cut /= 2
@@ -259,11 +356,13 @@ class Loop:
             return f"one that raised: {error}".split("\n")[0]
         elbo, latents = self.last
         bad = ~elbo.isfinite()
-        return self.blame(latents[bad][0]) if bad.any() else "the gradient"
+        return self.blame(latents[bad][0]) if bad.any() else ""  # the gradient
 
     def _show(self, bar: tqdm) -> None:
         if self.history.elbo:
-            bar.set_postfix_str(f"ELBO {statistics.fmean(self.history.elbo[-20:]):.3f}",
+            number = None if self.feed is None else self.feed.epoch
+            epoch = "" if number is None else f"epoch {number + 1}, "
+            bar.set_postfix_str(f"{epoch}ELBO {statistics.fmean(self.history.elbo[-20:]):.3f}",
                                 refresh=False)
         bar.total = self.num_steps
         bar.update(len(self.history.elbo) - bar.n)

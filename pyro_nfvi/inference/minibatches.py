@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,11 @@ class Minibatches:
         counts = torch.ones(self.batch_size, dtype=torch.bool, device=self.parts[0].device)
         self.live = [*(part[first] for part in self.parts), counts]
 
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed by the last step supplied."""
+        return self.step // self.num_batches
+
     def take(self, count: int) -> list[Tensor]:
         """The next batches: each tensor of ``live`` with a first dimension of steps."""
         while len(self.order) < count:
@@ -56,12 +62,23 @@ class Minibatches:
 
     def rewind(self, step: int) -> None:
         """Go back to one of the steps supplied last, whose batch becomes the live one."""
-        unused = self.step - step
-        order = torch.cat([self.supplied[len(self.supplied) - unused:], self.order])
-        self.order, self.step = order, step
+        self.restore(self.snapshot(step))
+        order = self.order
         for live, values in zip(self.live, self.take(1), strict=True):
             live.copy_(values[0])
         self.order, self.step = order, step
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """The order of the batches from one of the steps supplied last, as a file holds it."""
+        unused = self.step - step
+        order = torch.cat([self.supplied[len(self.supplied) - unused:], self.order])
+        return {"step": step, "order": order, "generator": self.generator.get_state()}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.step, self.order = snapshot["step"], snapshot["order"]
+        self.supplied = self.order[:0]
+        self.generator.set_state(snapshot["generator"])
 
     def _epoch(self) -> Tensor:
         """Places of one epoch's batches; those that do not count are written as -1 - place."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi._shapes import check_flag, check_positive_float, check_positive_int, type_name
 from pyro_nfvi.engine import Compiled
 from pyro_nfvi.guides import LatentLayout
 from pyro_nfvi.inference.chains import Chains, check_not_noisy, check_options
@@ -102,6 +102,7 @@ def neutra(model: Callable, guide: AutoContinuous, *args: Any, num_chains: int =
         arXiv:1111.4246.
     """
     check_options("neutra", seed, num_chains=num_chains, num_draws=num_draws, warmup=warmup)
+    check_flag("neutra", "progress", progress)
     options = {**_checked_options(target_accept_prob, max_tree_depth),
                "adapt_mass_matrix": warmup >= FEWEST_FOR_SCALES}
     _check_guide(guide)

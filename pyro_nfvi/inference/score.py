@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_nfvi._memory import computed_bytes
 from pyro_nfvi.engine.compiled import Compiled
 from pyro_nfvi.inference.importance import bisected, scored
 
 FAILURE_WORK = 1000.0  # times the work, if points have to be told apart one by one
 UNKNOWN_WORK = 1e5  # numbers a point, of a model that cannot be recorded
+BATCH_BYTES = 5e8  # computed at once, all of which are alive while a batch is recorded
+BACKWARD = 3  # times the numbers of the log joint, for its gradient as well
 
 
 class Score:
@@ -19,7 +24,8 @@ class Score:
 
     .. math:: z \mapsto \log p(x, z),\ \nabla_z \log p(x, z)
 
-    The model is recorded once for every batch size, and the graph runs from then on. Where the
+    The model is recorded once for every batch size, and the graph runs from then on; a batch
+    that takes much memory is computed part by part. Where the
     log joint or its gradient is not finite, the log joint is minus infinity and the gradient
     zero. A model that draws minibatches keeps to one, so that two calls can be compared.
 
@@ -37,8 +43,10 @@ class Score:
     def __init__(self, log_joint: Callable[[Tensor], Tensor]) -> None:
         self.log_joint = log_joint
         self.evaluations = self.non_finite = 0
+        self._work: float | None = None  # numbers a point of the first batch that was recorded
         self.failed = False  # whether a matrix had no factor somewhere, which takes a search
         self._compiled: dict[int, tuple[Tensor, Compiled, list[Tensor]]] = {}
+        self._each: float | None = None  # bytes computed for one point
 
     @property
     def noisy(self) -> bool:
@@ -47,7 +55,7 @@ class Score:
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log joint and gradient of every point."""
-        log_p, gradient = self._raw(z)
+        log_p, gradient = self._in_parts(z)
         finite = log_p.isfinite() & gradient.isfinite().all(-1)
         self.evaluations += len(z)
         self.non_finite += int((~finite).sum())
@@ -57,17 +65,57 @@ class Score:
     @property
     def work(self) -> float:
         """Numbers computed for the gradient at one point: a measure of cost without a clock."""
+        harder = FAILURE_WORK if self.failed else 1.0
         for count, (_, compiled, _) in self._compiled.items():
-            if compiled.recording is not None:
-                harder = FAILURE_WORK if self.failed else 1.0
-                return harder * compiled.recording.num_computed / count
-        return UNKNOWN_WORK
+            if self._work is None and compiled.recording is not None:
+                self._work = compiled.recording.num_computed / count
+        return UNKNOWN_WORK if self._work is None else harder * self._work
+
+    def snapshot(self) -> list[Any]:
+        """What later decisions depend on, as a file holds it."""
+        _ = self.work
+        return [self.evaluations, self.non_finite, self.failed, self._work]
+
+    def restore(self, snapshot: list[Any]) -> None:
+        """Go on from a snapshot."""
+        self.evaluations, self.non_finite, self.failed, self._work = snapshot
+
+    @torch.no_grad()
+    def estimated_work(self, z: Tensor) -> float:
+        """What :attr:`work` will be, about, from the values at a few points."""
+        return self._bytes_each(z) / z.element_size()
 
     @torch.no_grad()
     def value(self, z: Tensor) -> Tensor:
         """Log joint of every point, without a gradient; minus infinity where there is none."""
         log_p = scored(self.log_joint, z)
         return log_p.where(log_p.isfinite(), log_p.new_tensor(-torch.inf))
+
+    def _in_parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As many points at a time as memory holds, in parts of one size: each is recorded."""
+        most = self._at_once(z)
+        if len(z) <= most:
+            return self._raw(z)
+        size = -(-len(z) // -(-len(z) // most))
+        padded = torch.cat([z, z[-1:].expand(-len(z) % size, -1)])
+        parts = [self._raw(part) for part in padded.split(size)]
+        log_p, gradient = (torch.cat(values)[:len(z)] for values in zip(*parts, strict=True))
+        return log_p, gradient
+
+    def _at_once(self, z: Tensor) -> int:
+        return max(1, int(BATCH_BYTES / max(self._bytes_each(z), 1.0)))
+
+    @torch.no_grad()
+    def _bytes_each(self, z: Tensor) -> float:
+        """Memory computed for the gradient at one point, about."""
+        if self._each is None:
+            few = z[:2]
+            self._each = BACKWARD * computed_bytes(lambda: self._quietly(few)) / max(len(few), 1)
+        return self._each
+
+    def _quietly(self, z: Tensor) -> None:
+        with suppress(torch.linalg.LinAlgError):
+            self.log_joint(z)
 
     def _raw(self, z: Tensor) -> tuple[Tensor, Tensor]:
         try:

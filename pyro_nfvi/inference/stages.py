@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from pyro_nfvi.flows import FixedLinear, Flow, Gaussian, LowRank, Triangular
-from pyro_nfvi.guides import AutoFlow
+from pyro_nfvi._random import rng_state, set_rng_state
+from pyro_nfvi.flows import FixedLinear, Flow, Gaussian, LowRank, PartOfNoise, Triangular
+from pyro_nfvi.guides.flow_state import flow_state, load_flow_state
+from pyro_nfvi.inference.centring import centred
+from pyro_nfvi.inference.checks import check_estimates
 from pyro_nfvi.inference.drift import drift
 from pyro_nfvi.inference.importance import NUM_SAMPLES, ImportanceSample, importance_sample
 from pyro_nfvi.inference.initialization import (
@@ -23,12 +29,15 @@ from pyro_nfvi.inference.initialization import (
     gaussian_start,
     starting_points,
 )
-from pyro_nfvi.inference.log_joint import LogJoint
+from pyro_nfvi.inference.kept import Kept
 from pyro_nfvi.inference.loop import History, Loop, Stage
+from pyro_nfvi.inference.memory import check_start_memory, check_step_memory
 from pyro_nfvi.inference.modes import mixture_of
+from pyro_nfvi.inference.problem import Problem
 from pyro_nfvi.inference.score import Score
 from pyro_nfvi.inference.stopping import FEWEST, OneCycle, UntilFlat
 from pyro_nfvi.inference.tails import heavier_tails
+from pyro_nfvi.inference.team import Alone, Team
 
 MAX_TRIANGULAR = 128  # latents up to which the affine map inside the frame is triangular
 MORE = 2  # times as many particles, after a gate that stayed shut
@@ -59,6 +68,7 @@ NUM_COMPARED = 4000  # draws that tell a mixture of places from the best place
 SPARE = 0.1  # k-hat by which a pilot must be better than the gate asks, as it is noisy
 MARGIN = 0.05  # effective fraction by which a fit must be worse to be undone
 PASSABLE = Gate(0.7, 0.05)  # what a verdict may still call good
+MOST_SCORED, FEWEST_SCORED = 5e8, 1000  # draws times rows that a gate may ask for; draws
 NEARLY_EXACT = Gate(math.inf, 0.999)  # k-hat is then the shape of rounding
 
 
@@ -89,55 +99,154 @@ class Stages:
     """From a model to a fitted guide: a Gaussian, then a flow on it, then more particles.
 
     After each stage stands a gate: the fit ends with the first guide whose draws pass. A model
-    with parameters of its own, or with minibatches, goes through the flow in any case, and no
-    gate is asked: its log joint is not one function.
+    with parameters of its own, or one that draws minibatches itself, goes through the flow in any
+    case, and no gate is asked: its log joint is not one function. Minibatches of a loader are
+    another matter: gates read all rows.
+
+    A snapshot is what a file needs to go on: all that a stage starts from, and where its loop is.
+    It is also what the processes of a team tell each other, as only the leader looks for Gaussians
+    and asks gates; all of them train.
 
     Args:
-        guide: The guide to fit, which is set up.
-        log_joint: The model and its data.
+        problem: What to fit.
         options: How to train.
+        team: The processes that share the work. Default: this one.
+        kept: Keeps snapshots. Default: none is kept.
 
     Attributes:
         history: What happened so far.
         sample: The draws that the last gate saw, or None.
     """
 
-    def __init__(self, guide: AutoFlow, log_joint: LogJoint, options: Options) -> None:
-        self.guide, self.log_joint, self.options = guide, log_joint, options
-        self.score = Score(log_joint)
-        self.history = History()
+    def __init__(self, problem: Problem, options: Options, team: Team | None = None,
+                 kept: Kept | None = None) -> None:
+        self.guide, self.log_joint, self.options = problem.guide, problem.log_joint, options
+        self.score = Score(problem.log_joint if problem.start is None else problem.start)
+        self.feed, self.all_data, self.kept = problem.feed, problem.all_data, kept
+        self.team: Team = Alone() if team is None else team
+        self.history, self.stage = History(), 0
         self.sample: ImportanceSample | None = None
-        z = guide._flow().rsample_and_log_prob(())[0].detach()
-        self.parameters = list(log_joint.parameters(z).values())
-        self.gated = not self.parameters and not log_joint.subsamples(z)
+        flow = self.guide._flow()
+        z = flow.rsample_and_log_prob(())[0].detach()
+        self.parameters = self.log_joint.parameters(z)
+        one = self.all_data is not None or not self.log_joint.subsamples(z)
+        self.gated = not self.parameters and one
+        self._choose(problem.fresh and not flow.base.periodic)  # no Gaussian fits a circle
+        self.begin, self.spent = time.monotonic(), 0.0  # seconds, before this process went on
+        self.loop: Mapping[str, Any] | None = None  # where to go on in the loop of a stage
+        self.boundary: dict[str, Any] = {}
+
+    def _choose(self, whole: bool) -> None:
+        """Make all stages, or train the flow alone."""
+        self.plan: tuple[Callable[[], bool], ...] = \
+            (self._gaussian, self._flow, self._again) if whole else (self._train_on,)
 
     def run(self) -> None:
         """Stage after stage, until a gate opens or nothing is left to try; Ctrl-C ends them."""
-        begin = time.monotonic()
         try:
-            for stage in (self._gaussian, self._flow, self._again):
-                if stage() or self.history.interrupted or self.history.stopped:
+            while self.stage < len(self.plan):
+                self._mark()
+                ended = self.plan[self.stage]()
+                if self.history.interrupted:
                     break
-                if time.monotonic() > self.options.deadline:
-                    self.history.stopped = "its time was up"
-                    break
+                late, = self.team.agree([time.monotonic() > self.options.deadline])
+                if late and not ended and self.stage + 1 < len(self.plan):
+                    self.history.stopped = self.history.stopped or "its time was up"
+                ended = ended or bool(self.history.stopped)
+                self.stage = len(self.plan) if ended else self.stage + 1
         except KeyboardInterrupt:
             self.history.interrupted = True
-        self.history.seconds = time.monotonic() - begin  # gates included, unlike the sum
+        self.history.seconds = self.seconds  # gates included, unlike the sum
 
-    def go_on(self) -> None:
-        """Train a guide that is already trained from where it is."""
-        self._train("flow", self.options)
+    def finish(self, sample: ImportanceSample | None) -> None:
+        """Keep the end of the fit, with the draws that were made of it."""
+        self.sample = sample
+        if self.kept is not None and not self.history.interrupted:
+            self.kept.keep(self.snapshot())
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, also by processes before this one."""
+        return self.spent + time.monotonic() - self.begin
+
+    # ------------------------------------------------------------------ snapshots
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where the fit is between two stages."""
+        sample = None if self.sample is None else vars(self.sample)
+        state = {"stage": self.stage, "whole": len(self.plan) > 1, **flow_state(self.guide),
+                 "sample": sample, "parameters": self.parameters, "history": asdict(self.history),
+                 "score": self.score.snapshot(), "seconds": self.seconds}
+        feed = None if self.feed is None else self.feed.snapshot(self.feed.step)
+        return {**tree_map(_copied, state), "feed": feed, "rng": rng_state()}
+
+    def go_on(self, snapshot: Mapping[str, Any]) -> None:
+        """Be where another process was when it kept a snapshot."""
+        self.restore(snapshot)
+        self.spent, self.loop = snapshot["seconds"], snapshot.get("loop")
+        self.options = replace(self.options, deadline=self.options.deadline - self.spent)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over what a stage starts from."""
+        self._choose(snapshot["whole"])  # a guide may have been trained by this very fit
+        load_flow_state(self.guide, snapshot)
+        for name, value in self.parameters.items():
+            value.copy_(snapshot["parameters"][name])
+        sample = snapshot["sample"]
+        self.sample = None if sample is None else ImportanceSample(**sample)
+        self.stage, self.history = snapshot["stage"], History.of(snapshot["history"])
+        self.score.restore(snapshot["score"])
+        if self.feed is not None:
+            self.feed.restore(snapshot["feed"])
+        set_rng_state(snapshot["rng"])
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a snapshot of the loop at this step."""
+        return self.kept is not None and self.kept.due(len(self.history.elbo) + step)
+
+    def keep(self, snapshot: dict[str, Any]) -> None:
+        """Keep a snapshot of the loop, with what its stage started from."""
+        if self.kept is not None:
+            self.kept.keep({**self.boundary, "loop": snapshot, "seconds": self.seconds})
+
+    def _mark(self) -> None:
+        """Keep what the next stage starts from, unless it is under way."""
+        if self.kept is None:
+            return
+        self.boundary = self.snapshot()
+        if self.loop is None:
+            self.kept.keep(self.boundary)
+
+    def _led(self, stage: Callable[[], bool]) -> bool:
+        """Let one process do it, and take over what came out."""
+        if self.team.size == 1:
+            return stage()
+        passed, snapshot = self.team.lead(lambda: (stage(), self.snapshot()))
+        if not self.team.leads:
+            self.restore(snapshot)
+        return bool(passed)
 
     # ------------------------------------------------------------------ stages
 
     def _gaussian(self) -> bool:
         """Gaussians of all places, and the noise that suits them."""
+        return self._led(self._find_gaussian)
+
+    def _train_on(self) -> bool:
+        """Train a guide that is already trained from where it is."""
+        self._train("flow", self.options)
+        return True
+
+    def _find_gaussian(self) -> bool:
         with tqdm(total=3, desc="NFVI Gaussian", disable=not self.options.progress) as bar:
+            check_start_memory(self.guide._flow(), self.score.log_joint)
             points = starting_points(self.log_joint, self.guide._init_loc())
             start = self._checked(gaussian_start(self.score, points))
             bar.update()
             flow = self._mixture(start)
+            if self.all_data is not None:
+                flow = centred(flow, self.all_data)
             self._install(flow)
             self.history.stages.append(Stage("Gaussian", gradients=self.score.evaluations))
             bar.update()
@@ -181,14 +290,14 @@ class Stages:
         options = replace(self.options, num_particles=MORE * self.options.num_particles)
         passed = self._trained("more particles", options)
         if not passed and self.sample is not None and PASSABLE.lets_through(self.sample):
-            self._stays(last=True)
+            self._led(partial(self._stays, last=True))
         return True
 
     def _trained(self, name: str, options: Options) -> bool:
         """Train and look; if that made the fit worse, it is undone."""
         before, flow = self.sample, copy.deepcopy(self.guide._flow())
         self._train(name, options)
-        passed = self._gate()
+        passed = self._led(self._gate)
         if not passed and before is not None and _rank(before) > _rank(self.sample) + MARGIN:
             self.sample, self.guide.flow = before, flow
         return passed
@@ -222,8 +331,8 @@ class Stages:
         That of a Gaussian only keeps the gate shut: the flow may cure it. That of a flow stays,
         as luck at a later look does not undo it.
         """
-        if self.history.concerns:
-            return False
+        if self.history.concerns or self.all_data is not None:  # chains would read them often
+            return not self.history.concerns
         assert self.sample is not None
         found = drift(self.score, self.guide._flow(), self.sample, self.log_joint.layout,
                       THOROUGH if last else QUICK)
@@ -233,6 +342,11 @@ class Stages:
 
     def _draw(self) -> None:
         flow = self.guide._flow()
+        if self.all_data is not None:
+            affordable = max(MOST_SCORED / self.all_data.num_rows, FEWEST_SCORED)
+            num_draws = int(min(NUM_SAMPLES, affordable))
+            self.sample = importance_sample(flow, self.all_data, num_draws)
+            return
         self.sample = importance_sample(flow, self.log_joint, NUM_SAMPLES)
         if GOOD.lets_through(self.sample):
             return
@@ -243,18 +357,30 @@ class Stages:
             if passed and _rank(sample) > _rank(self.sample):
                 self.sample, self.guide.flow = sample, better
 
+    def _share(self, flow: Flow, num_particles: int) -> tuple[Flow, int]:
+        """This process's part of the particles; all of them, where it has a part of the rows."""
+        if self.team.size == 1 or self.feed is not None:
+            return flow, num_particles
+        return PartOfNoise(flow, self.team.rank, self.team.size), num_particles // self.team.size
+
     def _train(self, name: str, options: Options) -> None:
-        flow = self.guide._flow()
+        whole = self.guide._flow()
+        flow, num_particles = self._share(whole, options.num_particles)
         self.sample = None  # the flow will not be what it was drawn from
 
         def estimates() -> tuple[Tensor, Tensor]:
-            result: tuple[Tensor, Tensor] = options.objective(
-                flow, self.log_joint, options.num_particles)
-            return result
-        parameters = [p for p in flow.parameters() if p.requires_grad] + self.parameters
+            return check_estimates("NFVI", options.objective(flow, self.log_joint, num_particles))
+        parameters = [*(p for p in whole.parameters() if p.requires_grad),
+                      *self.parameters.values()]
+        check_step_memory(flow, self.log_joint, options.objective, num_particles, parameters,
+                          recorded=options.compile != "eager")
+        if self.feed is not None and self.loop is None:
+            self.feed.restart()
         loop = Loop(parameters, estimates, self.log_joint.first_bad_site,
                     _schedule(options.num_steps), options.lr, options.progress, f"NFVI {name}",
-                    options.compile, options.deadline)
+                    options.compile, options.deadline, self.feed, self.team,
+                    None if self.kept is None else self, self.loop)
+        self.loop = None
         history = loop.run()
         if not history.elbo and not history.interrupted:
             raise ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
@@ -263,6 +389,10 @@ class Stages:
         history.stages = [Stage(name, len(history.elbo),
                                 gradients=len(history.elbo) * options.num_particles)]
         self.history += history
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _schedule(num_steps: int) -> OneCycle:

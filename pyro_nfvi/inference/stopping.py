@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,14 @@ class OneCycle:
 
     def hurry(self, step: int) -> None:
         """Nor does the clock."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """What has been decided so far, as a file holds it."""
+        return dict(vars(self))
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        vars(self).update(snapshot)
 
     def _rate(self, step: int, rise: int) -> float:
         if step < rise:

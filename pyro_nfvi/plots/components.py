@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pyro_nfvi import _arviz
-from pyro_nfvi._shapes import type_name
+from pyro_nfvi._shapes import check_names, type_name
 
 DRAW_DIMS = ("chain", "draw")
 
@@ -154,7 +154,7 @@ def finite(values: np.ndarray) -> np.ndarray:
 
 def _chosen(owner: str, sites: dict[str, np.ndarray], var_names: Sequence[str] | None
             ) -> dict[str, np.ndarray]:
-    names = [var_names] if isinstance(var_names, str) else var_names
+    names = None if var_names is None else check_names(owner, "var_names", var_names)
     if unknown := [name for name in names or () if name not in sites]:
         raise ValueError(f"{owner} expected `var_names` to name sites of the posterior "
                          f"({', '.join(sites)}), got {unknown[0]!r}.")

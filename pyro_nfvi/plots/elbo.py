@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_nfvi._shapes import check_axes
 from pyro_nfvi.inference import History
 from pyro_nfvi.plots.components import finite
 from pyro_nfvi.plots.figures import bolden, new_axes
@@ -22,7 +23,11 @@ def plot_elbo(history: History, ax: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: If ``ax`` is nothing to draw on.
     """
+    check_axes("plot_elbo", ax)
     ax = new_axes() if ax is None else ax
     elbo = np.asarray(history.elbo)
     width = max(1, len(elbo) // 50)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -54,10 +55,13 @@ def plot_flow(flow: Flow | FlowDistribution | ConstantFlow, *, context: Tensor |
     flow, context = _checked_flow(flow, context)
     check_positive_int("plot_flow", "num_samples", num_samples)
     check_positive_int("plot_flow", "num_layers", num_layers)
+    if log_density is not None and not callable(log_density):
+        raise ValueError("plot_flow expected `log_density` to be a function, got "
+                         f"{type_name(log_density)}.")
     data = None if samples is None else _checked_samples(samples)
     with forked_rng(seed=0):
         draws = flow(context).sample((num_samples,)).cpu().numpy()
-    limits = _limits(draws, data) if limits is None else limits
+    limits = _limits(draws, data) if limits is None else _checked_limits(limits)
     panels: list[Panel] = [("density of the flow", lambda ax: _draw_density(
         ax, lambda z: flow.log_prob(z, context), limits, flow.base.zeros))]
     panels += [("target density", lambda ax: _draw_density(
@@ -170,8 +174,21 @@ def _checked_flow(flow: Any, context: Any) -> tuple[Flow, Tensor | None]:
     return flow, None if context is None else context.to(flow.base.zeros)
 
 
+def _checked_limits(limits: Any) -> tuple[float, float, float, float]:
+    try:
+        left, right, bottom, top = (float(limit) for limit in limits)
+    except (TypeError, ValueError):
+        left = right = bottom = top = math.nan
+    if not (-math.inf < left < right < math.inf and -math.inf < bottom < top < math.inf):
+        raise ValueError("plot_flow expected `limits` to be four numbers, left below right and "
+                         f"bottom below top, got {limits!r}.")
+    return left, right, bottom, top
+
+
 def _checked_samples(samples: Any) -> np.ndarray:
     array = np.asarray(samples.detach().cpu() if isinstance(samples, Tensor) else samples)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"plot_flow expected `samples` to be numbers, got {type_name(samples)}.")
     if array.ndim != 2 or array.shape[1] != 2 or not len(array):
         raise ValueError(f"plot_flow expected `samples` of shape (n, 2), got {array.shape}.")
     return array

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pyro_nfvi._shapes import check_axes
 from pyro_nfvi.diagnostics.checks import GOOD_K, MAX_K
 from pyro_nfvi.plots.components import badness
 from pyro_nfvi.plots.figures import MUTED, new_axes, set_text
@@ -32,6 +33,7 @@ def plot_pareto_k(site_pareto_k: Mapping[str, float], threshold: float = MAX_K, 
     """
     if not site_pareto_k:
         raise ValueError("plot_pareto_k expected `site_pareto_k` with at least one site, got none.")
+    check_axes("plot_pareto_k", ax)
     ranked = ranked_sites(site_pareto_k)
     shown = ranked[:most]
     ax = new_axes(sites_height(len(shown))) if ax is None else ax

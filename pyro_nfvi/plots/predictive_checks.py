@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pyro_nfvi._shapes import check_names
 from pyro_nfvi.plots.components import flat_draws, site_values
 
 MAX_DRAWS, MAX_OBSERVATIONS = 500, 2000  # that are looked at
@@ -89,10 +90,14 @@ def predictive_sites(data: Any, var_names: Sequence[str] | None = None) -> list[
     Args:
         data: InferenceData or DataTree.
         var_names: Observed sites to take. Default: all.
+
+    Raises:
+        ValueError: If ``var_names`` are no names.
     """
     observed, drawn = site_values(data, "observed_data"), site_values(data, "posterior_predictive")
-    names = [name for name in observed if name in drawn
-             and (var_names is None or name in var_names)]
+    wanted = observed if var_names is None else check_names(
+        "plot_predictive", "var_names", var_names)
+    names = [name for name in observed if name in drawn and name in wanted]
     found = [_predictive(name, observed[name].values, drawn[name]) for name in names]
     return sorted((one for one in found if one is not None and one.observed.size),
                   key=lambda one: one.inside.mean())

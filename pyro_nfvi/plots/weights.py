@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyro_nfvi import _arviz
+from pyro_nfvi._shapes import check_axes
 from pyro_nfvi.diagnostics.checks import MAX_K
 from pyro_nfvi.plots.components import finite
 from pyro_nfvi.plots.figures import MUTED, new_axes
@@ -112,6 +113,7 @@ def plot_weights(log_ratios: Any, ax: Any = None, *, threshold: float = MAX_K) -
     References:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling, arXiv:1507.02646.
     """
+    check_axes("plot_weights", ax)
     tail = weight_tail(log_ratios)
     ax = new_axes() if ax is None else ax
     ax.plot(tail.ratios, tail.exceed, ".", ms=4, color="C0", label="draws")

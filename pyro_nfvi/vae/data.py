@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from pyro_nfvi._shapes import type_name
-from pyro_nfvi.inference import minibatches
+from pyro_nfvi.inference import ArrayLoader, minibatches
+from pyro_nfvi.inference.loader import LoaderFeed
 
 if TYPE_CHECKING:
     from pyro_nfvi.vae.likelihoods import Likelihood
@@ -69,6 +70,23 @@ def checked_data(x: Any, mask: Any, likelihood: Likelihood, like: Tensor) -> Dat
     return x, mask
 
 
+def checked_loader(loader: ArrayLoader, mask: Any, checked: Callable[..., Data]) -> ArrayLoader:
+    """A loader whose rows, all of them read once, are data, or data and mask.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if mask is not None or len(loader.columns) > 2:
+        got = f"{len(loader.columns)} arrays" if mask is None else "a mask beside it"
+        raise ValueError(f"VAE expected a loader of data, or of data and mask, got {got}. Say: "
+                         "ArrayLoader(x, mask, batch_size=128).")
+    size = max(1, minibatches.BLOCK_BYTES // loader.row_bytes)
+    for start in range(0, loader.num_rows, size):
+        rows = loader.between(start, min(start + size, loader.num_rows))
+        checked(*(*rows, None)[:2])
+    return loader
+
+
 class Minibatches(minibatches.Minibatches):
     """Data in random order, batch by batch and epoch by epoch: the feed of a training loop.
 
@@ -86,10 +104,79 @@ class Minibatches(minibatches.Minibatches):
         self.weight = weight
         self.live.append(data[0].new_ones(()))
 
+    def some(self, num_data: int) -> Data:
+        """The first data and their mask, so many or all."""
+        x, mask = (*(part[:num_data] for part in self.parts), None)[:2]
+        return x, mask
+
     def take(self, count: int) -> list[Tensor]:
         """The next batches: each tensor of ``live`` with a first dimension of steps."""
         weights = [self.weight(step) for step in range(self.step, self.step + count)]
         return [*super().take(count), self.live[-1].new_tensor(weights)]
+
+
+class LoadedMinibatches:
+    """The same from a loader, whose batches go on from one epoch into the next.
+
+    Args:
+        loader: Rows of data, or of data and mask.
+        shaped: Gives them the type and place of the VAE.
+        weight: Weight of the KL divergence at a step.
+
+    Attributes:
+        live: Data, mask (if any), which of them count (all do), and the weight.
+        num_batches: Number of batches of an epoch.
+    """
+
+    def __init__(self, loader: ArrayLoader, shaped: Callable[..., Data],
+                 weight: Callable[[int], float]) -> None:
+        self.feed, self.num_batches = LoaderFeed(loader), len(loader)
+        self.shaped, self.weight = shaped, weight
+        self.live = [values[0].clone() for values in self._one(0)]
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs completed by the last step supplied."""
+        return self.feed.epoch
+
+    @property
+    def most(self) -> int:
+        """Largest number of steps to supply at once."""
+        return self.feed.most
+
+    def take(self, count: int) -> list[Tensor]:
+        """The next batches: each tensor of ``live`` with a first dimension of steps."""
+        step = self.feed.step
+        return self._batches(self.feed.take(count), step)
+
+    def rewind(self, step: int) -> None:
+        """Go back to one of the steps supplied last, whose batch becomes the live one."""
+        self.feed.rewind(step)
+        for live, values in zip(self.live, self._one(step), strict=True):
+            live.copy_(values[0])
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        """Where the rows are at one of the steps supplied last, as a file holds it."""
+        return self.feed.snapshot(step)
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.feed.restore(snapshot)
+
+    def some(self, num_data: int) -> Data:
+        """So many data and their mask, or all if there are fewer."""
+        return self.shaped(*(*self.feed.first(num_data), None)[:2])
+
+    def _one(self, step: int) -> list[Tensor]:
+        return self._batches([rows.unsqueeze(0) for rows in self.feed.live], step)
+
+    def _batches(self, rows: Sequence[Tensor], step: int) -> list[Tensor]:
+        count, size = rows[0].shape[:2]
+        data = self.shaped(*(*(part.flatten(0, 1) for part in rows), None)[:2])
+        batches = [part.unflatten(0, (count, size)) for part in data if part is not None]
+        counts = torch.ones(count, size, dtype=torch.bool, device=data[0].device)
+        weights = [self.weight(first) for first in range(step, step + count)]
+        return [*batches, counts, data[0].new_tensor(weights)]
 
 
 def _with_lengths(x: Any, mask: Any, likelihood: Likelihood) -> tuple[Any, Any]:

@@ -8,13 +8,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
 
 from pyro_nfvi import _arviz
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
 from pyro_nfvi.inference.amortization import AmortizationGap, reoptimize
 from pyro_nfvi.vae.data import Data
 from pyro_nfvi.vae.objective import elbo_terms
@@ -66,7 +67,14 @@ class LogLikelihood:
 
 
 def bits_per_dim(nats: float, num_dims: float) -> float:
-    r"""Bits a dimension: :math:`-\log p(x) / (D \log 2)`."""
+    r"""Bits a dimension: :math:`-\log p(x) / (D \log 2)`.
+
+    Raises:
+        ValueError: If an argument is no number, or there is no dimension.
+    """
+    if not isinstance(nats, (int, float, np.number, Tensor)):
+        raise ValueError(f"bits_per_dim expected `nats` to be a number, got {type_name(nats)}.")
+    check_positive_float("bits_per_dim", "num_dims", num_dims)
     return -nats / (num_dims * math.log(2))
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyro_nfvi._files import read_file, write_file
+from pyro_nfvi._files import check_path, read_file, write_file
+from pyro_nfvi._shapes import check_file_name
 
 if TYPE_CHECKING:
     from pyro_nfvi.vae.vae import VAE
@@ -17,7 +18,12 @@ VERSION = 1
 
 
 def write_state(path: str | PathLike, vae: VAE) -> None:
-    """Write parameters and buffers."""
+    """Write parameters and buffers.
+
+    Raises:
+        ValueError: If no file can be there.
+    """
+    check_path("VAE.save", path)
     write_file(path, {"format": FORMAT, "version": VERSION, "state": dict(vae.state_dict())})
 
 
@@ -27,6 +33,7 @@ def read_state(path: str | PathLike, vae: VAE) -> None:
     Raises:
         ValueError: If there is no such file, or it is of other parts.
     """
+    check_file_name("VAE.load", path)
     state = read_file(path, "VAE", FORMAT, VERSION, {"state"})["state"]
     theirs, ours = _shapes(state), _shapes(vae.state_dict())
     if theirs != ours:  # found before anything is overwritten

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, check_seed
+from pyro_nfvi._shapes import check_flag, check_positive_float, check_positive_int, check_seed
 from pyro_nfvi.engine import Stepper, check_tier
-from pyro_nfvi.inference import History, Loop
+from pyro_nfvi.inference import ArrayLoader, Checkpoint, History
+from pyro_nfvi.inference.kept import described, keeping, sampled, way_on
 from pyro_nfvi.inference.loop import MAX_ROLLBACKS
+from pyro_nfvi.inference.module_loop import ModuleLoop
 from pyro_nfvi.inference.stopping import OneCycle
-from pyro_nfvi.vae.data import Data, Minibatches
+from pyro_nfvi.vae.data import Data, LoadedMinibatches, Minibatches
 from pyro_nfvi.vae.evaluate import active_units, evaluating
 from pyro_nfvi.vae.objective import elbo_terms, penalty
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 MOST_SPREAD = 100  # between the scales of two columns that one learning rate can serve
 MANY_ROLLBACKS, FEW_EPOCHS = 3, 5  # from which a training may be judged
+NUM_COMPARED = 20  # data of a loader, to tell it from others
 NUM_LOOKED_AT = 2000  # data, to see which latents are in use
 
 
@@ -59,9 +62,9 @@ class TrainingHistory(History):
         return f"TrainingHistory({', '.join([*parts, *self.concerns])})"
 
 
-def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
+def train(vae: VAE, data: Data | ArrayLoader, *, num_epochs: int, batch_size: int, lr: float,
           num_particles: int, beta: float, warm_up: int, free_bits: float, validation: Any,
-          patience: int | None, seed: int | None, compile: str, progress: bool
+          patience: int | None, seed: int | None, compile: str, progress: bool, checkpoint: Any
           ) -> TrainingHistory:
     """Train a VAE by compiled steps of Adam: :meth:`~pyro_nfvi.vae.VAE.fit` says how."""
     for name, count in (("num_epochs", num_epochs), ("batch_size", batch_size),
@@ -72,6 +75,7 @@ def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
     _check_weight("beta", beta)
     _check_weight("free_bits", free_bits)
     check_seed("VAE.fit", seed)
+    check_flag("VAE.fit", "progress", progress)
     if not any(p.requires_grad for p in vae.parameters()):
         raise ValueError("VAE.fit expected parameters to train, got only frozen ones. Thaw some: "
                          "vae.requires_grad_().")
@@ -80,42 +84,70 @@ def train(vae: VAE, data: Data, *, num_epochs: int, batch_size: int, lr: float,
                          "outside.")
     held_out = _checked_validation(vae, validation, patience)
     check_tier("VAE.fit", compile)
-    num_batches = math.ceil(len(data[0]) / batch_size)
+    checkpoint = Checkpoint.of("VAE.fit", checkpoint)
+    if isinstance(data, ArrayLoader):
+        num_data, batch_size = data.num_rows, data.batch_size
+    else:
+        num_data = len(data[0])
+    num_batches = math.ceil(num_data / batch_size)
 
     def weight(step: int) -> float:
         return beta * min(1.0, (step + 1) / (warm_up * num_batches)) if warm_up else beta
-    with forked_rng(seed) if seed is not None else nullcontext():
+
+    def identity() -> dict[str, Any]:
+        return {**_identity(vae, data, num_data, held_out), "`num_epochs`": num_epochs,
+                "`batch_size`": batch_size, "`lr`": lr, "`num_particles`": num_particles,
+                "`beta`": beta, "`warm_up`": warm_up, "`free_bits`": free_bits,
+                "`patience`": patience, "`seed`": seed}
+    with forked_rng(seed) if seed is not None else nullcontext(), \
+            keeping(checkpoint, "VAE.fit", identity) as kept:
         with evaluating(vae), torch.enable_grad():  # modes are put back at the end
             vae.train()
-            history = _Epochs(vae, Minibatches(data, batch_size, weight), num_particles, free_bits,
-                              held_out, patience, num_epochs=num_epochs, lr=lr, compile=compile,
-                              progress=progress).run()
-        _look_at_latents(vae, data, history)
-    _warn(history)
+            feed = LoadedMinibatches(data, vae._shaped, weight) if isinstance(data, ArrayLoader) \
+                else Minibatches(data, batch_size, weight)
+            epochs = _Epochs(vae, feed, num_particles, free_bits, held_out, patience,
+                             num_epochs=num_epochs, lr=lr, compile=compile, progress=progress,
+                             **kept)
+            history = epochs.run()
+        if not epochs.complete:
+            _look_at_latents(vae, feed.some(NUM_LOOKED_AT), history)
+            epochs.finish()
+    _warn(history, checkpoint)
     return history
 
 
-class _Epochs(Loop):
+def _identity(vae: VAE, data: Data | ArrayLoader, num_data: int, held_out: Data | None
+              ) -> dict[str, Any]:
+    """What must be the same for a training to go on, beside its options."""
+    if isinstance(data, ArrayLoader):
+        places = torch.linspace(0, num_data - 1, NUM_COMPARED, dtype=torch.float64).long()
+        data = vae._shaped(*(*data.gather(places), None)[:2])
+    x, mask = data
+    held_out = (None, None) if held_out is None else held_out
+    return {"`latent_dim`": vae.latent_dim,
+            **{f"the {name}s": described(part) for name, part in vae.named_children()},
+            "the floating-point types": str(x.dtype), "`x.shape`": [num_data, *x.shape[1:]],
+            "the data": sampled(x), "the masks": sampled(mask),
+            "the validation data": sampled(held_out[0]),
+            "the masks of the validation data": sampled(held_out[1])}
+
+
+class _Epochs(ModuleLoop):
     """The training loop, with a look at the validation data after each epoch."""
 
-    def __init__(self, vae: VAE, feed: Minibatches, num_particles: int, free_bits: float,
-                 held_out: Data | None, patience: int | None, *, num_epochs: int, lr: float,
-                 compile: str, progress: bool) -> None:
-        parameters = [p for p in vae.parameters() if p.requires_grad]
-        super().__init__(parameters, self._estimates, self._blame,
-                         OneCycle(num_epochs * feed.num_batches), lr, progress, "VAE", compile,
-                         feed=feed)
+    def __init__(self, vae: VAE, feed: Minibatches | LoadedMinibatches, num_particles: int,
+                 free_bits: float, held_out: Data | None, patience: int | None, *,
+                 num_epochs: int, **options: Any) -> None:
+        self.history: TrainingHistory
+        super().__init__(vae, self._estimates, self._blame, OneCycle(num_epochs * feed.num_batches),
+                         TrainingHistory(), name="VAE", feed=feed, **options)
         self.vae, self.minibatches, self.num_particles = vae, feed, num_particles
         self.free_bits, self.held_out, self.patience = free_bits, held_out, patience
-        self.history: TrainingHistory = TrainingHistory()
-        self.best: dict[str, Tensor] | None = None
 
     def run(self) -> TrainingHistory:
         """Make the steps, and go back to the best epoch."""
         with pyro.validation_enabled(False):
             super().run()
-        if self.best is not None:
-            self.vae.load_state_dict(self.best)
         return self.history
 
     def _estimates(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +191,7 @@ class _Epochs(Loop):
         history.validation.append(value if math.isfinite(value) else -math.inf)
         if history.validation[-1] >= max(history.validation):
             history.best_epoch = len(history.validation)
-            self.best = {name: value.clone() for name, value in self.vae.state_dict().items()}
+            self._note_best()
         if self.patience and len(history.validation) - history.best_epoch >= self.patience:
             history.stopped = f"the validation ELBO has not risen for {self.patience} epochs"
 
@@ -172,10 +204,9 @@ class _Epochs(Loop):
 
 def _look_at_latents(vae: VAE, data: Data, history: TrainingHistory) -> None:
     """Say so if the training broke down, or latents are not used."""
-    x, mask = (None if part is None else part[:NUM_LOOKED_AT] for part in data)
-    if x is None or len(x) < 2:
+    if len(data[0]) < 2:
         return
-    history.active_units = active_units(vae, (x, mask)).tolist()
+    history.active_units = active_units(vae, data).tolist()
     if history.interrupted or _failed(history):
         return
     history.concerns += _breakdown(vae, *data, history)
@@ -215,10 +246,10 @@ def _failed(history: TrainingHistory) -> bool:
     return len(history.rollbacks) >= MAX_ROLLBACKS
 
 
-def _warn(history: TrainingHistory) -> None:
+def _warn(history: TrainingHistory, checkpoint: Checkpoint | None) -> None:
     if history.interrupted:
         warnings.warn(f"VAE.fit was interrupted after {len(history.elbo)} steps; the parameters "
-                      "are those so far.", stacklevel=4)
+                      f"are those so far.{way_on(checkpoint)}", stacklevel=4)
     problems = [history.stopped] if _failed(history) else []
     for problem in [*problems, *history.concerns]:
         warnings.warn(f"VAE.fit: {problem}.", stacklevel=4)
@@ -228,8 +259,6 @@ def _check_weight(name: str, value: Any) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
     if not ok:
         raise ValueError(f"VAE.fit expected `{name}` to be a number >= 0, got {value!r}.")
-
-
 
 
 def _checked_validation(vae: VAE, validation: Any, patience: Any) -> Data | None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from pyro_nfvi._shapes import check_positive_int, check_tensor, type_name
 from pyro_nfvi.guides.encoder_rows import attempt
 from pyro_nfvi.guides.param_store import forget_store, free_name, register_parameters
+from pyro_nfvi.inference import ArrayLoader, Checkpoint
 from pyro_nfvi.inference.amortization import AmortizationGap
 from pyro_nfvi.vae import evaluate
-from pyro_nfvi.vae.data import Data, checked_data, shaped_data
+from pyro_nfvi.vae.data import Data, checked_data, checked_loader, shaped_data
 from pyro_nfvi.vae.decoders import MLPDecoder
 from pyro_nfvi.vae.encoders import MLPEncoder, features_of, takes_mask
 from pyro_nfvi.vae.evaluate import LogLikelihood, evaluating
@@ -201,7 +202,8 @@ class VAE(nn.Module):
             batch_size: int = 128, lr: float = 2e-3, num_particles: int = 1, beta: float = 1.0,
             warm_up: int = 0, free_bits: float = 0.0, validation: Any = None,
             patience: int | None = None, seed: int | None = None, compile: str = "auto",
-            progress: bool = True) -> TrainingHistory:
+            progress: bool = True, checkpoint: Checkpoint | str | PathLike | None = None
+            ) -> TrainingHistory:
         r"""Train on data, by compiled steps of Adam on minibatches.
 
         .. math:: \max\ \frac1N \sum_n \mathbb E_{q(z \mid x_n)}[\log p(x_n \mid z)]
@@ -210,10 +212,12 @@ class VAE(nn.Module):
         Ctrl-C ends the training with what was learned so far.
 
         Args:
-            x: Data ``(num_data, *event_shape)``.
+            x: Data ``(num_data, *event_shape)``; or, for those larger than the memory, an
+                :class:`~pyro_nfvi.ArrayLoader` of data, or of data and mask.
             mask: What of them was seen. Default: all.
             num_epochs: Number of passes over the data.
-            batch_size: Data of each step; the last batch of an epoch may be smaller.
+            batch_size: Data of each step; the last batch of an epoch may be smaller. A loader
+                has its own, and a batch that goes on from one epoch into the next.
             lr: Largest learning rate; it rises for a tenth of the steps, then falls to zero.
             num_particles: Latents drawn for each datum at each step.
             beta: Weight of the KL divergence.
@@ -228,22 +232,29 @@ class VAE(nn.Module):
             compile: How the steps are computed: ``"auto"`` or one of
                 :data:`pyro_nfvi.engine.TIERS`.
             progress: Whether to show a progress bar.
+            checkpoint: Folder in which to keep the state of the training, every minute and when a
+                signal ends it; :class:`~pyro_nfvi.Checkpoint` sets how often. The same call, run
+                again, goes on from there, bit for bit on the same machine; once the training is
+                complete it returns at once what was found. Default: nothing is kept.
 
         Returns:
             What happened; its ``concerns`` say what to worry about.
 
         Raises:
-            ValueError: If data are bad, or an option is of another kind.
+            ValueError: If data are bad, an option is of another kind, or the checkpoints are of
+                another training.
 
         References:
             Higgins et al. (2017), beta-VAE, ICLR; Sønderby et al. (2016), Ladder Variational
             Autoencoders, arXiv:1602.02282 (warm-up); Kingma et al. (2016), arXiv:1606.04934 (free
             bits).
         """
-        return train(self, self._checked(x, mask), num_epochs=num_epochs, batch_size=batch_size,
+        data = checked_loader(x, mask, self._checked) if isinstance(x, ArrayLoader) else \
+            self._checked(x, mask)
+        return train(self, data, num_epochs=num_epochs, batch_size=batch_size,
                      lr=lr, num_particles=num_particles, beta=beta, warm_up=warm_up,
                      free_bits=free_bits, validation=validation, patience=patience, seed=seed,
-                     compile=compile, progress=progress)
+                     compile=compile, progress=progress, checkpoint=checkpoint)
 
     def encode(self, x: Any, mask: Tensor | None = None) -> TorchDistributionMixin:
         """Posterior of the latents: a Pyro distribution of batch shape ``(num_data,)``."""

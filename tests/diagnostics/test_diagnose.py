@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 
+import joblib
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -13,10 +15,11 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from pyro_nfvi import NFVI, AutoFlow, Posterior, planar
 from pyro_nfvi.diagnostics import Check
-from pyro_nfvi.diagnostics.diagnose import _slope
+from pyro_nfvi.diagnostics.diagnose import Restart, _slope
 from pyro_nfvi.diagnostics.site_weights import site_weights
 from pyro_nfvi.flows import Triangular
 from pyro_nfvi.inference import History, Stage
+from pyro_nfvi.inference.parallel import Surroundings, in_parallel, is_parallel
 
 NAMES = ["fit", "support", "spread", "k-hat", "effective draws", "sites", "tails", "drift",
          "missed mass", "slope", "gradient", "restarts"]
@@ -122,6 +125,76 @@ def test_a_fit_that_ended_elsewhere_is_told_apart(posterior):
 def test_restarts_are_a_number(posterior, restarts):
     with pytest.raises(ValueError, match=r"Posterior\.diagnose expected `restarts` to be an int"):
         posterior.diagnose(restarts=restarts)
+
+
+@pytest.mark.parametrize("n_jobs", [0, 1.5, True, "all"])
+def test_jobs_are_a_number(posterior, n_jobs):
+    with pytest.raises(ValueError, match=r"Posterior\.diagnose expected `n_jobs` to be a number"):
+        posterior.diagnose(restarts=1, n_jobs=n_jobs)
+
+
+def restarted(posterior, seeds, n_jobs):
+    restart = Restart(posterior.refit, Surroundings.here(), 1)
+    return list(in_parallel(restart, [(seed,) for seed in seeds], n_jobs))
+
+
+@pytest.mark.slow
+def test_seeds_give_the_same_restarts_in_other_processes():
+    def local():
+        assert torch.get_num_threads() == 1
+        two_latents()
+    posterior = NFVI(local, num_steps=20, seed=0, progress=False).run()
+    here, there = (restarted(posterior, [1, 2], n_jobs) for n_jobs in (None, 2))
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.z, other.z)
+        assert torch.equal(one.log_weights, other.log_weights)
+    assert not torch.equal(here[0].z, here[1].z)
+    assert is_parallel(2)
+    reports = [posterior.diagnose(restarts=2, n_jobs=2, progress=False)]
+    with joblib.parallel_config(n_jobs=2):
+        assert is_parallel(None)
+        reports.append(posterior.diagnose(restarts=2, progress=False))
+    assert [report["restarts"].status for report in reports] == ["ok", "ok"]
+
+
+def test_restarts_run_here_unless_the_user_says_more(posterior):
+    processes = []
+
+    def refit(seed):
+        processes.append((os.getpid(), seed))
+        return posterior
+    watched = Posterior(posterior.guide, posterior.log_joint, posterior.history, refit=refit)
+    assert watched.diagnose(restarts=3, progress=False)["restarts"].status == "ok"
+    assert processes == [(os.getpid(), seed) for seed in (1, 2, 3)]
+
+
+def test_the_first_fit_that_ends_elsewhere_is_enough(posterior):
+    elsewhere, seeds = Posterior.of(two_latents, guide_of(loc=2.0)), []
+    moved = Posterior(elsewhere.guide, elsewhere.log_joint, History(),
+                      refit=lambda seed: seeds.append(seed) or posterior)
+    assert moved.diagnose(restarts=3, progress=False)["restarts"].failed
+    assert seeds == [1]
+
+
+def test_restarts_leave_the_param_store_and_random_states_alone(posterior):
+    def refit(seed):
+        pyro.param("theirs", torch.zeros(()))
+        np.random.rand()
+        return posterior
+    watched = Posterior(posterior.guide, posterior.log_joint, posterior.history,
+                        posterior.draws, refit)
+    before = torch.get_rng_state().tolist(), str(np.random.get_state())
+    watched.diagnose(restarts=1, progress=False)
+    assert (torch.get_rng_state().tolist(), str(np.random.get_state())) == before
+    assert "theirs" not in pyro.get_param_store()
+
+
+def test_a_restart_that_ctrl_c_ends_early_is_not_compared(posterior):
+    interrupted = Posterior(posterior.guide, posterior.log_joint, History(interrupted=True))
+    watched = Posterior(posterior.guide, posterior.log_joint, posterior.history,
+                        refit=lambda seed: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watched.diagnose(restarts=1, progress=False)
 
 
 # ------------------------------------------------------------------ which site is to blame

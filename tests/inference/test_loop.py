@@ -392,6 +392,8 @@ class Feed:
 
     most = 3
 
+    epoch = None
+
     def __init__(self, shape=(2,)):
         self.live, self.shape = [torch.zeros(shape, dtype=DOUBLE)], shape
         self.supplied, self.counts = 0, []

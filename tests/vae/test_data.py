@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from pyro_nfvi.inference import minibatches
+from pyro_nfvi.inference import ArrayLoader, minibatches
 from pyro_nfvi.vae import (
     Bernoulli,
     Categorical,
@@ -18,7 +19,13 @@ from pyro_nfvi.vae import (
     NegativeBinomial,
     Poisson,
 )
-from pyro_nfvi.vae.data import Minibatches, checked_data, shaped_data
+from pyro_nfvi.vae.data import (
+    LoadedMinibatches,
+    Minibatches,
+    checked_data,
+    checked_loader,
+    shaped_data,
+)
 
 LIKE = torch.zeros(())
 NAN = float("nan")
@@ -269,3 +276,70 @@ def test_data_in_another_order_of_memory_are_the_same():
         torch.manual_seed(0)
         feeds.append(Minibatches((data, None), 3, one))
     assert torch.equal(*(feed.take(4)[0] for feed in feeds))
+
+
+# ------------------------------------------------------------------ loaders
+
+def loaded(*arrays, batch_size, weight=one):
+    loader = ArrayLoader(*arrays, batch_size=batch_size)
+    return LoadedMinibatches(loader, lambda x, mask: shaped_data(x, mask, Gaussian((2,)), LIKE),
+                             weight)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float64, np.bool_])
+def test_a_mapped_file_feeds_every_datum_once_an_epoch(kind, tmp_path):
+    np.save(tmp_path / "x.npy", (np.arange(60).reshape(30, 2) % 2).astype(kind))
+    np.save(tmp_path / "seen.npy", np.ones((30, 2), bool))
+    arrays = [np.load(tmp_path / name, mmap_mode="r") for name in ("x.npy", "seen.npy")]
+    feed = loaded(*arrays, batch_size=7, weight=float)
+    assert (feed.num_batches, feed.epoch) == (5, 0)
+    x, mask, counts, weights = feed.take(30)
+    assert (x.dtype, mask.dtype, x.shape) == (LIKE.dtype, torch.bool, (30, 7, 2))
+    assert counts.all()
+    assert weights.tolist() == list(range(30))
+    assert feed.epoch == 7
+    assert [live.shape for live in feed.live] == [(7, 2), (7, 2), (7,), ()]
+
+
+def test_the_rows_of_a_loader_are_each_seen_equally_often():
+    feed = loaded(torch.arange(60.0).reshape(30, 2), batch_size=7)
+    rows = feed.take(30)[0][..., 0].flatten() / 2
+    assert torch.equal(torch.bincount(rows.long()), torch.full((30,), 7))
+    assert rows[:30].unique().numel() == 30
+
+
+def test_a_loaded_feed_goes_back_and_on_from_a_snapshot():
+    x = torch.arange(60.0).reshape(30, 2)
+    feed, other = (loaded(x, batch_size=7, weight=float) for _ in range(2))
+    first = feed.take(6)
+    feed.rewind(2)
+    assert all(torch.equal(live, values[2]) for live, values in
+               zip(feed.live, first, strict=True))
+    assert all(map(torch.equal, feed.take(4), [values[2:] for values in first]))
+    other.restore(feed.snapshot(3))
+    assert all(map(torch.equal, other.take(3), [values[3:] for values in first]))
+
+
+def test_all_rows_of_a_loader_are_looked_at_block_by_block(monkeypatch):
+    monkeypatch.setattr(minibatches, "BLOCK_BYTES", 64)
+    sizes, x = [], torch.zeros(20, 2)
+
+    def checking(x, mask):
+        sizes.append(len(x))
+        return checked_data(x, mask, Gaussian((2,)), LIKE)
+    assert checked_loader(ArrayLoader(x, batch_size=3), None, checking).num_rows == 20
+    assert sizes == [8, 8, 4]
+    x[17] = NAN
+    with pytest.raises(ValueError, match=r"VAE expected .*finite"):
+        checked_loader(ArrayLoader(x, batch_size=3), None, checking)
+    with pytest.raises(ValueError, match=r"VAE expected `x` of shape .*, got \(5, 3\)"):
+        checked_loader(ArrayLoader(torch.zeros(20, 3), batch_size=3), None, checking)
+
+
+@pytest.mark.parametrize(("arrays", "mask", "got"), [
+    (3, None, "3 arrays"), (1, torch.ones(4, 2).bool(), "a mask beside it")])
+def test_a_loader_is_of_data_or_of_data_and_mask(arrays, mask, got):
+    loader = ArrayLoader(*[torch.zeros(4, 2)] * arrays, batch_size=3)
+    with pytest.raises(ValueError, match=f"VAE expected a loader of data, or of data and mask, got "
+                                         rf"{got}\. Say: ArrayLoader\(x, mask, batch_size=128\)"):
+        checked_loader(loader, mask, None)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_sequence
 from pyro_nfvi import iaf
 from pyro_nfvi.engine import Stepper
 from pyro_nfvi.engine.adam import AdamState
-from pyro_nfvi.inference import Loop, loop
+from pyro_nfvi.inference import ArrayLoader, Loop, loop
 from pyro_nfvi.vae import (
     VAE,
     Bernoulli,
@@ -278,6 +278,19 @@ def test_the_steps_as_they_are_are_those_that_are_recorded(updates):
         assert (recorded - plain).norm() < 0.03 * plain.norm()
 
 
+def test_data_of_a_loader_are_learned_as_those_in_memory():
+    weights, shift, x = linear_gaussian(600)
+    values = []
+    for data in (x, ArrayLoader(x.double().numpy(), batch_size=50)):
+        torch.manual_seed(0)
+        vae = VAE(Gaussian((5,), 0.5), 2, encoder=Linear(5, 4), decoder=Linear(2, 5))
+        history = fitted(vae, data, num_epochs=30, batch_size=50, lr=0.02, compile="auto")
+        assert len(history.epochs) == 30
+        values.append(vae.elbo(x, num_particles=20).mean().item())
+    assert values[1] == pytest.approx(values[0], abs=0.1)
+    assert values[1] > log_evidence(weights, shift, x).mean().item() - 0.5
+
+
 # ------------------------------------------------------------------ validation
 
 class Scripted(VAE):
@@ -426,7 +439,8 @@ def interrupt(out):
 
 
 @pytest.mark.parametrize("validation", [None, X], ids=["alone", "validated"])
-def test_ctrl_c_keeps_what_was_learned_and_says_so(validation):
+def test_ctrl_c_keeps_what_was_learned_and_says_so(validation, monkeypatch):
+    monkeypatch.setattr(loop, "CHUNK_SECONDS", 1e-9)  # it is heard after the step
     vae = small(decoder=Switch([9 if validation is None else 12], interrupt))
     before = parameters(vae)
     with pytest.warns(UserWarning, match="VAE.fit was interrupted after [0-9]+ steps; the "

@@ -1,0 +1,165 @@
+"""A model, its data and a guide, set up for a fit: in one type, on one device, and checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pyro_nfvi._random import forked_rng
+from pyro_nfvi.guides import AutoFlow
+from pyro_nfvi.inference.all_data import AllData
+from pyro_nfvi.inference.checks import check_data, check_sites
+from pyro_nfvi.inference.loader import LoaderFeed
+from pyro_nfvi.inference.log_joint import LogJoint, default_dtype, first_bad
+from pyro_nfvi.inference.team import Team
+
+START_ROWS = 20_000  # of a loader, that the Gaussians are fitted to
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a fit is about.
+
+    Attributes:
+        guide: The guide, which is set up.
+        fresh: Whether nothing has trained it before.
+        log_joint: The log joint of all data, or of a minibatch.
+        feed: The minibatches, if there are any.
+        all_data: The log joint of all of their rows.
+        start: The log joint of some of them.
+    """
+
+    guide: AutoFlow
+    fresh: bool
+    log_joint: LogJoint
+    feed: LoaderFeed | None = None
+    all_data: AllData | None = None
+    start: LogJoint | None = None
+
+    @property
+    def whole(self) -> LogJoint:
+        """The log joint of all data."""
+        return self.log_joint if self.all_data is None else self.all_data
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to set a problem up.
+
+    Args:
+        model: The Pyro model.
+        guide: The guide to fit.
+        dtype: Floating-point type of the fit. Default: double precision on a CPU, unless the model
+            holds on to another; elsewhere the model's own.
+        device: Where to run. Default: where the arguments are.
+        num_particles: Draws of each step.
+        progress: Whether passes over all data show progress bars.
+        team: The processes that share the fit.
+    """
+
+    model: Callable
+    guide: AutoFlow
+    dtype: torch.dtype | None
+    device: torch.device | None
+    num_particles: int
+    progress: bool
+    team: Team
+
+    def __call__(self, args: tuple, kwargs: dict, loader: Iterable | None) -> Problem:
+        """Set the problem up for these arguments of the model.
+
+        Raises:
+            ValueError: If the guide cannot handle the model, or its data are no numbers.
+        """
+        guide, fresh = self.guide, self.guide.untouched
+        if self.dtype is not None or not self._on_cpu(args, kwargs):
+            return self._in_type(fresh, args, kwargs, loader, self.dtype)
+        dtype = torch.float64 if fresh else guide._flow().base.zeros.dtype
+        store, built = pyro.get_param_store(), guide.prototype_trace is not None
+        known = set(store)
+        try:
+            return self._in_type(fresh, args, kwargs, loader, dtype)
+        except RuntimeError:  # single precision inside the model, or an error it has anyway
+            if not built:
+                guide.prototype_trace = None
+            for name in set(store) - known:  # made in the wrong type
+                del store[name]
+        return self._in_type(fresh, args, kwargs, loader, None)
+
+    def _on_cpu(self, args: tuple, kwargs: dict) -> bool:
+        """Whether the fit runs on a CPU."""
+        if self.device is not None:
+            return self.device.type == "cpu"
+        return all(leaf.device.type == "cpu" for leaf in tree_leaves((args, kwargs))
+                   if isinstance(leaf, Tensor))
+
+    def _in_type(self, fresh: bool, args: tuple, kwargs: dict, loader: Iterable | None,
+                 dtype: torch.dtype | None) -> Problem:
+        args, kwargs = self._converted(args, dtype), self._converted(kwargs, dtype)
+        with default_dtype(dtype):
+            if loader is not None:
+                feed = LoaderFeed(loader, dtype=dtype, device=self.device, rank=self.team.rank,
+                                  size=self.team.size)
+                return self._of_minibatches(fresh, args, kwargs, feed, dtype)
+            self._set_up_guide(args, kwargs, dtype)
+            return Problem(self.guide, fresh, self._checked(self.model, args, kwargs, dtype))
+
+    def _of_minibatches(self, fresh: bool, args: tuple, kwargs: dict, feed: LoaderFeed,
+                        dtype: torch.dtype | None) -> Problem:
+        batch = feed.arguments(args, kwargs)
+        self._set_up_guide(*batch, dtype)
+        layout = self.guide.layout
+        all_data = AllData(self.model, args, kwargs, layout, feed, dtype, self.progress)
+        log_joint = self._checked(all_data.model, *batch, dtype)
+        some = feed.arguments(args, kwargs, feed.first(START_ROWS))
+        start = LogJoint(all_data.model, *some, layout, dtype)
+        for same in (all_data, start):
+            same.batched, same.reason = log_joint.batched, log_joint.reason
+        return Problem(self.guide, fresh, log_joint, feed, all_data, start)
+
+    def _set_up_guide(self, args: tuple, kwargs: dict, dtype: torch.dtype | None) -> None:
+        try:
+            self.guide.setup(*args, **kwargs).to(dtype=dtype, device=self.device)
+        except ValueError as error:
+            _blame(self.guide, args, kwargs, error)
+
+    def _checked(self, model: Callable, args: tuple, kwargs: dict, dtype: torch.dtype | None
+                 ) -> LogJoint:
+        log_joint = LogJoint(model, args, kwargs, self.guide.layout, dtype)
+        z = self.guide._flow().rsample_and_log_prob((2,))[0].detach()
+        check_sites("NFVI", log_joint)
+        check_data("NFVI", log_joint, z[0])
+        log_joint.try_batched(z)
+        if not log_joint.batched and self.team.leads:
+            warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
+                          f"which is slow: {log_joint.reason}", stacklevel=6)
+        return log_joint
+
+    def _converted(self, values: Any, dtype: torch.dtype | None) -> Any:
+        def convert(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(dtype=dtype if value.is_floating_point() else None,
+                            device=self.device)
+        return tree_map(convert, values)
+
+
+def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> None:
+    """Name the site that is not finite where the guide would start, if that is the error."""
+    with suppress(Exception), pyro.validation_enabled(False), forked_rng():
+        trace = poutine.trace(guide.model).get_trace(*args, **kwargs)
+        trace.compute_log_prob()
+        if (name := first_bad(trace)) is not None:
+            error = ValueError(f"NFVI: the log joint is not finite at the start; first bad site "
+                               f"{name!r}. Start elsewhere: AutoFlow(model, init_loc_fn=..., "
+                               "init_scale=...).")
+    raise error
