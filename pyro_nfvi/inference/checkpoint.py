@@ -132,6 +132,13 @@ class CheckpointStore:
         return (step - self._step >= every
                 or time.monotonic() - self._time >= self.checkpoint.every_seconds)
 
+    def left(self, step: int) -> float:
+        """Number of steps, at this one, until it is time by their count alone."""
+        every = self.checkpoint.every_steps
+        if every is None:
+            return math.inf
+        return max(every - (step - (step if self._step is None else self._step)), 1)
+
     def write(self, state: dict[str, Any]) -> bool:
         """Write a checkpoint, and remove those that are too old.
 

@@ -123,6 +123,8 @@ def scored(log_joint: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 def _at_once(log_joint: Callable[[Tensor], Tensor], z: Tensor, blank: Tensor) -> int:
     """How many draws are scored at a time, from what two of them take."""
+    if getattr(log_joint, "all_at_once", False):
+        return max(1, len(z))
     if len(z) <= FEW:
         return CHUNK
     each = computed_bytes(lambda: bisected(log_joint, z[:2], blank)) / 2

@@ -42,6 +42,10 @@ class Kept:
         """Whether it is time for one, this many steps into the fit."""
         return self.store is not None and self.store.due(step)
 
+    def left(self, step: int) -> float:
+        """Number of steps until it is time by their count."""
+        return math.inf if self.store is None else self.store.left(step)
+
     def keep(self, snapshot: Mapping[str, Any]) -> None:
         """Keep one."""
         if self.store is not None:

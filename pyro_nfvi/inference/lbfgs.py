@@ -101,7 +101,7 @@ def maximize(score: ScoreFn, starts: Tensor, num_steps: int = 200, memory: int =
     past = _Memory(starts, memory)
     steps: list[list[Step]] = [[] for _ in starts]  # of each start, which end at their own time
     _keep(steps, (z, log_p, gradient), alive)
-    for _ in range(num_steps):
+    for _ in range(num_steps if alive.any() else 0):
         direction = _ascent(past, gradient)
         new = _line_search(score, z, log_p, gradient, direction, alive, fresh)
         moved = alive & (new[1] - log_p > TINY_GAIN * (1 + log_p.abs()))

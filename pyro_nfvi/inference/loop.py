@@ -60,6 +60,9 @@ class Keeper(Protocol):
     def due(self, step: int) -> bool:
         """Whether it is time for one."""
 
+    def left(self, step: int) -> float:
+        """Number of steps until it is time for one whatever the clock says."""
+
     def keep(self, snapshot: dict[str, Any]) -> None:
         """Keep it."""
 
@@ -308,6 +311,8 @@ class Loop:
             count = FIRST_CHUNK
         else:
             count = max(1, int(CHUNK_SECONDS * stepper.made / max(stepper.seconds, 1e-9)))
+        if self.keeper is not None:
+            count = int(min(count, self.keeper.left(len(self.history.elbo))))
         return count if self.feed is None else min(count, self.feed.most)
 
     def _trust(self, stepper: Stepper) -> tuple[Tensor, int, int]:

@@ -205,6 +205,10 @@ class Stages:
         """Whether it is time for a snapshot of the loop at this step."""
         return self.kept is not None and self.kept.due(len(self.history.elbo) + step)
 
+    def left(self, step: int) -> float:
+        """Number of steps until it is time for a snapshot by their count."""
+        return math.inf if self.kept is None else self.kept.left(len(self.history.elbo) + step)
+
     def keep(self, snapshot: dict[str, Any]) -> None:
         """Keep a snapshot of the loop, with what its stage started from."""
         if self.kept is not None:
@@ -257,7 +261,7 @@ class Stages:
     def _checked(self, start: GaussianStart | None) -> GaussianStart:
         """Refuse a log joint that is finite nowhere, or whose scale has no end."""
         if start is None:
-            site = self.log_joint.first_bad_site(self.guide._init_loc())
+            site = self.score.log_joint.first_bad_site(self.guide._init_loc())
             raise ValueError(f"NFVI: the log joint is not finite at any of {NUM_STARTS} starts; "
                              f"first bad site {site}. Start elsewhere: AutoFlow(model, "
                              "init_loc_fn=..., init_scale=...).")
