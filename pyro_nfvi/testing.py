@@ -118,6 +118,10 @@ def check_inverse(make: Make, *, seed: int = 0, tolerance: float | None = None) 
 
     Raises:
         AssertionError: If they do not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_inverse(lambda: Planar(2))
     """
     with _property("the inverse undoes the forward", make, seed, tolerance) as case:
         forward, inverse = case.directions.values()
@@ -138,6 +142,10 @@ def check_log_det(make: Make, *, seed: int = 0, tolerance: float | None = None) 
 
     Raises:
         AssertionError: If one of them does not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_log_det(lambda: Planar(2))
     """
     with _property("the log-det matches autograd", make, seed, tolerance) as case:
         for name, function in case.directions.items():
@@ -155,6 +163,10 @@ def check_batch(make: Make, *, seed: int = 0, tolerance: float | None = None) ->
 
     Raises:
         AssertionError: If it does not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_batch(lambda: Planar(2))
     """
     with _property("a batch equals its rows", make, seed, tolerance) as case:
         u, context = case.folded()
@@ -178,6 +190,10 @@ def check_empty_batch(make: Make, *, seed: int = 0, tolerance: float | None = No
 
     Raises:
         AssertionError: If it does not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_empty_batch(lambda: Planar(2))
     """
     with _property("a batch may be empty", make, seed, tolerance) as case:
         context = None if case.context is None else case.context[:0]
@@ -197,6 +213,10 @@ def check_context_broadcasts(make: Make, *, seed: int = 0, tolerance: float | No
 
     Raises:
         AssertionError: If they do not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_context_broadcasts(lambda: Planar(2, context_dim=3))
     """
     with _property("the context broadcasts", make, seed, tolerance) as case:
         if case.context is None:
@@ -220,6 +240,10 @@ def check_context_is_used(make: Make, *, seed: int = 0) -> None:
 
     Raises:
         AssertionError: If the context changes nothing.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_context_is_used(lambda: Planar(2, context_dim=3))
     """
     with _property("the context is used", make, seed) as case:
         if case.context is None:
@@ -239,6 +263,10 @@ def check_identity_at_start(make: Make, *, seed: int = 0, tolerance: float | Non
 
     Raises:
         AssertionError: If it is not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_identity_at_start(lambda: Planar(2))
     """
     with _property("a fresh bijection is the identity", make, seed, tolerance, 0.0) as case:
         for name, function in case.directions.items():
@@ -257,6 +285,10 @@ def check_dtypes(make: Make, *, seed: int = 0, tolerance: float | None = None) -
 
     Raises:
         AssertionError: If a result has another dtype, or the two disagree.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_dtypes(lambda: Planar(2))
     """
     with _property("float32 and float64 agree", make, seed, tolerance) as case:
         exact = case.results()
@@ -278,6 +310,10 @@ def check_gradients(make: Make, *, seed: int = 0) -> None:
 
     Raises:
         AssertionError: If they do not.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_gradients(lambda: Planar(2))
     """
     with _property("first and second derivatives are right", make, seed) as case:
         for module in (case.bijection, Inverse(case.bijection)):
@@ -296,6 +332,10 @@ def check_copies(make: Make, *, seed: int = 0, tolerance: float | None = None) -
 
     Raises:
         AssertionError: If a copy fails or differs, before or after a backward pass.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_copies(lambda: Planar(2))
     """
     with _property("copies give the same results", make, seed, tolerance) as case:
         for stage in ("at the start", "after a backward pass"):
@@ -318,6 +358,10 @@ def check_compiles(make: Make, *, seed: int = 0, tolerance: float | None = None)
 
     Raises:
         AssertionError: If ``torch.compile(fullgraph=True)`` fails or changes a result.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_compiles(lambda: Planar(2))
     """
     with _property("it compiles in one graph", make, seed, tolerance) as case:
         compiled = torch.compile(_fresh_code(_both_ways), fullgraph=True, backend="eager")
@@ -336,6 +380,10 @@ def check_path_inverse(make: Make, *, seed: int = 0, tolerance: float | None = N
 
     Raises:
         AssertionError: If ``_inverse_at(u, z, context)`` differs from ``inverse(z, context)``.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_path_inverse(lambda: Planar(2))
     """
     with _property("the inverse at a known preimage is the inverse", make, seed, tolerance) as case:
         z, context = case.bijection(case.u, case.context)[0].detach(), case.context
@@ -359,6 +407,10 @@ def check_shape_errors(make: Make, *, seed: int = 0) -> None:
 
     Raises:
         AssertionError: If a mistake passes, or raises something else.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> check_shape_errors(lambda: Planar(2, context_dim=3))
     """
     with _property("shape mistakes are named", make, seed) as case:
         for argument, function in zip("uz", case.directions.values(), strict=True):
@@ -381,6 +433,12 @@ def perturb(module: ModuleT, noise: float = NOISE) -> ModuleT:
 
     Returns:
         The same module.
+
+    Example:
+        >>> from pyro_nfvi.flows import Planar
+        >>> u = torch.randn(5, 2)
+        >>> torch.equal(Planar(2)(u)[0], u), torch.equal(perturb(Planar(2))(u)[0], u)
+        (True, False)
     """
     scales: dict[int, Any] = {}
     for layer in module.modules():
@@ -396,6 +454,7 @@ def perturb(module: ModuleT, noise: float = NOISE) -> ModuleT:
     return module
 
 
+#: What :func:`check_bijection` runs, in this order.
 BIJECTION_CHECKS: tuple[Callable[..., None], ...] = (
     check_inverse, check_log_det, check_batch, check_empty_batch, check_context_broadcasts,
     check_context_is_used, check_identity_at_start, check_dtypes, check_gradients, check_copies,
@@ -605,6 +664,13 @@ def check_guide_trains(make_guide: MakeGuide, model: Callable[..., Any], *args: 
 
     Raises:
         AssertionError: If a parameter stays where it was.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_trains(AutoPlanar, model)
     """
     with _guide_property("SVI trains it", make_guide, model, args, kwargs) as case:
         first, second = case.guide, make_guide(model).setup(*args, **kwargs)
@@ -631,6 +697,13 @@ def check_guide_log_prob(make_guide: MakeGuide, model: Callable[..., Any], *args
 
     Raises:
         AssertionError: If it is not.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_log_prob(AutoPlanar, model)
     """
     with _guide_property("log_prob of a draw is its traced density", make_guide, model, args,
                          kwargs) as case:
@@ -651,6 +724,13 @@ def check_guide_arbitrary_log_prob(make_guide: MakeGuide, model: Callable[..., A
 
     Raises:
         AssertionError: If it does not.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_arbitrary_log_prob(AutoPlanar, model)
     """
     with _guide_property("log_prob holds at any point", make_guide, model, args, kwargs) as case:
         layout, (base, transform) = case.guide.layout, case.parts()
@@ -680,6 +760,13 @@ def check_guide_draws(make_guide: MakeGuide, model: Callable[..., Any], *args: A
 
     Raises:
         AssertionError: If they do not, or one seed gives two draws.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_draws(AutoPlanar, model)
     """
     with _guide_property("draws fit their sites", make_guide, model, args, kwargs) as case:
         torch.manual_seed(1)
@@ -712,6 +799,13 @@ def check_guide_quantiles(make_guide: MakeGuide, model: Callable[..., Any], *arg
 
     Raises:
         AssertionError: If they are not, to five standard errors.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_quantiles(AutoPlanar, model)
     """
     with _guide_property("quantiles are those of the draws", make_guide, model, args,
                          kwargs) as case:
@@ -742,6 +836,13 @@ def check_guide_random_state(make_guide: MakeGuide, model: Callable[..., Any], *
 
     Raises:
         AssertionError: If they do not.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_random_state(AutoPlanar, model)
     """
     with _guide_property("summaries leave the random state alone", make_guide, model, args,
                          kwargs) as case:
@@ -767,6 +868,13 @@ def check_guide_copies(make_guide: MakeGuide, model: Callable[..., Any], *args: 
 
     Raises:
         AssertionError: If a copy differs, or copying harms the guide, before or after a step.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_copies(AutoPlanar, model)
     """
     with _guide_property("copies are exact", make_guide, model, args, kwargs) as case:
         for stage in ("at the start", "after a step"):
@@ -793,6 +901,13 @@ def check_guide_elbos(make_guide: MakeGuide, model: Callable[..., Any], *args: A
 
     Raises:
         AssertionError: If they are not.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_elbos(AutoPlanar, model)
     """
     with _guide_property("the ELBOs agree", make_guide, model, args, kwargs) as case:
         losses = []
@@ -818,6 +933,13 @@ def check_guide_particles(make_guide: MakeGuide, model: Callable[..., Any], *arg
 
     Raises:
         AssertionError: If shapes or densities are others, or the loss is not finite.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_particles(AutoPlanar, model)
     """
     with _guide_property("particles are draws of their own", make_guide, model, args,
                          kwargs) as case:
@@ -858,6 +980,13 @@ def check_guide_predictive(make_guide: MakeGuide, model: Callable[..., Any], *ar
 
     Raises:
         AssertionError: If a site is missing, of another shape, or outside its support.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_predictive(AutoPlanar, model)
     """
     with _guide_property("Predictive works", make_guide, model, args, kwargs) as case:
         nesting = case.max_plate_nesting()
@@ -891,6 +1020,13 @@ def check_guide_neutra(make_guide: MakeGuide, model: Callable[..., Any], *args: 
 
     Raises:
         AssertionError: If the density differs from the one computed here.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro_nfvi import AutoPlanar
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> check_guide_neutra(AutoPlanar, model)
     """
     with _guide_property("NeuTra's density is the model's", make_guide, model, args,
                          kwargs) as case:
@@ -911,6 +1047,7 @@ def check_guide_neutra(make_guide: MakeGuide, model: Callable[..., Any], *args: 
         _assert_close("the log-density", trace.log_prob_sum(), expected)
 
 
+#: What :func:`check_guide` runs, in this order.
 GUIDE_CHECKS: tuple[Callable[..., None], ...] = (
     check_guide_trains, check_guide_log_prob, check_guide_arbitrary_log_prob, check_guide_draws,
     check_guide_quantiles, check_guide_random_state, check_guide_copies, check_guide_elbos,

@@ -140,6 +140,17 @@ class Calibration:
         notes: Simulations that gave a warning, and which.
         plates: Plate of each dimension of a site, None where there is none.
         weighted: Whether the draws were weighted by importance.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+        >>> def narrow(y):
+        ...     pyro.sample("mu", dist.Normal(y / 2, 0.2))
+        >>> found = calibrate(model, narrow, torch.tensor(0.0), amortized=True, num_simulations=50,
+        ...                   seed=0, progress=False)
+        >>> found.calibrated, found.ranks["mu"].shape
+        (False, (50,))
     """
 
     ranks: Arrays

@@ -32,6 +32,10 @@ class Check:
         words: What was found.
         action: What to do about it, or an empty string.
         value: The number behind it, if there is one.
+
+    Example:
+        >>> print(Check("k-hat", "fail", "k-hat 0.93, should be below 0.70", "more layers"))
+        FAIL  k-hat              k-hat 0.93, should be below 0.70 -> more layers
     """
 
     name: str

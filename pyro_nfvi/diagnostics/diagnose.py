@@ -115,6 +115,16 @@ def diagnose(fit: Fit, restarts: int = 0, progress: bool = True, n_jobs: int | N
         restarts: How many fits from other seeds to compare it with.
         progress: Whether to show a progress bar.
         n_jobs: Number of processes for these fits, as joblib takes it.
+
+    Example:
+        >>> from pyro_nfvi import Posterior
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> found = Posterior.of(model, model)  # the prior is its own posterior
+        >>> fit = Fit(found.density, found.log_joint, found.draws, found.history)
+        >>> diagnose(fit, progress=False).trusted
+        True
     """
     sites = site_weights(fit.sample, fit.log_joint.layout)
     looks: list[Callable[[], Check]] = [

@@ -50,13 +50,24 @@ def to_inference_data(log_joint: LogJoint, z: Tensor, stats: Mapping[str, Tensor
         log_joint: The model and its data.
         z: Draws ``(num_chains, num_draws, D)`` of the flat latent.
         stats: Statistics ``(num_chains, num_draws)`` of the draws.
-        groups: Which of :data:`GROUPS` to make.
+        groups: Names of the groups to make, the posterior among them.
         coords: Values along dimensions, by name.
         dims: Names of the rightmost dimensions of a site or of an argument of the model.
         attrs: Attributes of the posterior.
 
     Raises:
         ValueError: If ``groups``, ``coords`` or ``dims`` do not fit the model.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_nfvi.guides import LatentLayout
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> layout = LatentLayout.from_trace(pyro.poutine.trace(model).get_trace())
+        >>> data = to_inference_data(LogJoint(model, (), {}, layout), torch.randn(2, 50, 1), {},
+        ...                          groups=("posterior",))
+        >>> data.posterior["scale"].shape, bool((data.posterior["scale"] > 0).all())
+        ((2, 50), True)
     """
     _check_groups(groups)
     _check_mappings(coords=coords, dims=dims)

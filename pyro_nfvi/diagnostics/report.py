@@ -32,6 +32,15 @@ class Summary:
         ess: Effective number of draws after weighting.
         num_samples: Number of draws.
         elbo: ELBO and its standard error.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_nfvi import Posterior
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> summary = Posterior.of(model, model).summary()  # the prior is its own posterior
+        >>> summary.trusted, list(summary.table.index)
+        (True, ['x'])
     """
 
     table: Any
@@ -64,6 +73,14 @@ class Report:
         elbo: ELBO and its standard error.
         site_pareto_k: k-hat of each latent site alone: which one is badly fitted.
         max_pareto_k: What k-hat should be below, for so many draws.
+
+    Example:
+        >>> from pyro_nfvi.diagnostics import Check
+        >>> tails = Check("tails", "fail", "too light", "base=StudentT")
+        >>> report = Report((Check("fit", "ok", "ran to its end"), tails), "Verdict: ...", False,
+        ...                 (-31.3, 0.1))
+        >>> report["tails"].words, [check.name for check in report.failures]
+        ('too light', ['tails'])
     """
 
     checks: tuple[Check, ...]
@@ -105,6 +122,16 @@ def summarize(data: Any, sample: ImportanceSample, history: History,
         sample: Draws and weights of the fit.
         history: What happened during the fit.
         layout: Whose coordinates are whose.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_nfvi import Posterior
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> posterior = Posterior.of(model, model)
+        >>> data = posterior.to_arviz(500, groups=("posterior",))
+        >>> summarize(data, posterior.draws, posterior.history).num_samples
+        10000
     """
     trusted, words = verdict(sample, history, layout)
     return Summary(_arviz.summary(data), words, trusted, sample.pareto_k, sample.ess,
@@ -120,6 +147,13 @@ def verdict(sample: ImportanceSample, history: History, layout: LatentLayout | N
         history: What happened during the fit.
         layout: Whose coordinates are whose.
         checks: What was looked at. Default: what draws, weights and history tell.
+
+    Example:
+        >>> from pyro_nfvi.flows import Flow, Identity
+        >>> from pyro_nfvi.inference import importance_sample
+        >>> wide = importance_sample(Flow(Identity(2)), lambda z: -2 * z.square().sum(-1), 1000)
+        >>> verdict(wide, History())
+        (True, 'Verdict: good (k-hat below 0.5).')
     """
     note = _note(history)
     checks = quick_checks(sample, history, layout) if checks is None else checks

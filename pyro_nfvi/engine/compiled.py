@@ -26,6 +26,7 @@ log = logging.getLogger("pyro_nfvi")
 HIDDEN_STATE = ("run again, the model differs from its recording: it depends on Python state "
                 "that changes, on random numbers that are not torch's, or on numbers "
                 "read by .tolist() or .numpy()")
+#: Ways to compute a step; ``compile="auto"`` takes the fastest that works.
 TIERS = ("c", "inductor", "cuda_graph", "fx", "eager")
 Program = CProgram | GraphProgram | PythonProgram
 ATTEMPTS = 5  # to record, if a factorization fails
@@ -46,6 +47,10 @@ class Engine:
         reason: Why not a faster one, or an empty string.
         build_seconds: Time to record, compile and check.
         microseconds: Time of a step, noise included.
+
+    Example:
+        >>> Engine("c", "", build_seconds=0.8, microseconds=9.5).tier
+        'c'
     """
 
     tier: str
@@ -74,6 +79,12 @@ class Compiled:
         program: What computes it.
         tier: The tier in use.
         reason: Why not a faster one, or an empty string.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> energy = Compiled(lambda: [x.square().sum(), 2 * x], [x], tier="fx")
+        >>> energy.tier, energy.program(energy.inputs(), [])[1]
+        ('fx', tensor([2., 2., 2.]))
     """
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor],
@@ -203,6 +214,10 @@ def check_tier(owner: str, compile: Any) -> str:
 
     Raises:
         ValueError: If it is something else.
+
+    Example:
+        >>> check_tier("NFVI", "fx")
+        'fx'
     """
     if compile not in ("auto", *TIERS):
         raise ValueError(f"{owner} expected `compile` to be one of {('auto', *TIERS)}, got "
@@ -213,7 +228,14 @@ def check_tier(owner: str, compile: Any) -> str:
 
 def try_record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]
                ) -> tuple[Recording | None, str]:
-    """The recording, or why there is none; errors of the function itself go through."""
+    """The recording, or why there is none; errors of the function itself go through.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> recording, reason = try_record(lambda: [2 * x if x.sum() > 0 else x], [x])
+        >>> recording is None, reason != ""
+        (True, True)
+    """
     with forked_rng():
         for _ in range(ATTEMPTS):
             try:

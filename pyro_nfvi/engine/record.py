@@ -30,7 +30,16 @@ CHECKS = {aten._linalg_check_errors.default}  # no result, but an error: they st
 
 
 class NotRecordable(RuntimeError):
-    """The function cannot be one graph; the message says why."""
+    """The function cannot be one graph; the message says why.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> try:
+        ...     _ = record(lambda: [2 * x if x.sum() > 0 else x], [x])
+        ... except NotRecordable as problem:
+        ...     print(type(problem).__name__)
+        NotRecordable
+    """
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,12 @@ class Recording:
         draws: The random operations, whose results the graph takes as inputs.
         num_inputs: Number of other inputs.
         freezes: Whether a constant came from a tensor that requires a gradient.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> found = record(lambda: [x + torch.randn(3)], [x])
+        >>> found.num_inputs, len(found.draws)
+        (1, 1)
     """
 
     graph: fx.GraphModule
@@ -75,6 +90,12 @@ def record(function: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -
         NotRecordable: If Python reads a value that depends on an input (a condition, a number, a
             shape), if a random operation depends on one, or if the function changes a tensor that
             it did not make.
+
+    Example:
+        >>> x = torch.ones(3)
+        >>> graph = record(lambda: [2 * x + torch.ones(3).exp()], [x]).graph
+        >>> torch.allclose(graph(torch.zeros(3))[0], torch.tensor(1.0).exp())
+        True
 
     References:
         He & Zou (2021) and the make_fx tracer of PyTorch, which this follows; the difference is

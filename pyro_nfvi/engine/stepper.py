@@ -36,6 +36,15 @@ class Stepper(Compiled):
         elbo: The ELBO of each step made.
         failed: Draws of a step that was not finite; None if the function made them itself.
         raised: What it raised, if it did.
+
+    Example:
+        >>> x = torch.nn.Parameter(torch.zeros(()))
+        >>> stepper = Stepper(lambda: [-(x - 2).square(), 2 * (x - 2)], [x], tier="eager")
+        >>> stepper.run([0.1] * 200)
+        200
+        >>> stepper.state.write_back()
+        >>> abs(x.item() - 2) < 0.1
+        True
     """
 
     def __init__(self, function: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor],

@@ -25,6 +25,23 @@ class Base(nn.Module, ABC):
 
     Shape:
         u: ``(*sample, input_dim)``; log-probability: ``(*sample,)``.
+
+    Example:
+        >>> class Uniform(Base):  # on the unit cube
+        ...     symmetric = False
+        ...     def rsample(self, sample_shape=()):
+        ...         return torch.rand(*sample_shape, self.input_dim).to(self.zeros)
+        ...     def log_prob(self, u):
+        ...         return torch.where((u >= 0) & (u <= 1), 0.0, -torch.inf).sum(-1)
+        ...     @property
+        ...     def mean(self):
+        ...         return self.zeros + 1 / 2
+        ...     @property
+        ...     def variance(self):
+        ...         return self.zeros + 1 / 12
+        >>> noise = Uniform(3)()
+        >>> noise.log_prob(noise.sample((2,)))
+        tensor([0., 0.])
     """
 
     symmetric = True  # whether -u is as likely as u
@@ -70,6 +87,11 @@ class BaseDistribution(Distribution):
     Args:
         base: The base it stands for.
         batch_shape: Shape of the batch of independent copies.
+
+    Example:
+        >>> noise = BaseDistribution(Gaussian(3), (2,))
+        >>> noise.sample((5,)).shape, noise.event_shape
+        (torch.Size([5, 2, 3]), torch.Size([3]))
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -113,6 +135,10 @@ class Gaussian(Base):
 
     Args:
         input_dim: Number of coordinates :math:`D`.
+
+    Example:
+        >>> torch.allclose(Gaussian(2).log_prob(torch.zeros(2)), -torch.tensor(2 * math.pi).log())
+        True
     """
 
     def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
@@ -290,6 +316,10 @@ class Mixture(Base):
         input_dim: Number of coordinates :math:`D`.
         num_components: Number of components :math:`K`.
         spread: Standard deviation of the random locations at the start.
+
+    Example:
+        >>> Mixture(2, num_components=3).rsample((5,)).shape
+        torch.Size([5, 2])
 
     References:
         Figurnov, Mohamed & Mnih (2018), Implicit Reparameterization Gradients,

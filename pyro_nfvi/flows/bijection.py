@@ -37,6 +37,19 @@ class Bijection(nn.Module, ABC):
 
     Raises:
         ValueError: If a dimension is not a positive integer, or an input has another shape.
+
+    Example:
+        >>> class Shift(Bijection):
+        ...     def __init__(self, input_dim):
+        ...         super().__init__(input_dim)
+        ...         self.by = nn.Parameter(torch.zeros(input_dim))
+        ...     def _forward(self, u, context):
+        ...         return u + self.by, u.new_zeros(u.shape[:-1])
+        ...     def _inverse(self, z, context):
+        ...         return z - self.by, z.new_zeros(z.shape[:-1])
+        >>> z, log_det = Shift(3)(torch.ones(7, 3))
+        >>> z.shape, log_det.shape
+        (torch.Size([7, 3]), torch.Size([7]))
     """
 
     def __init__(self, input_dim: int, context_dim: int = 0) -> None:

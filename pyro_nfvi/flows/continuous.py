@@ -69,8 +69,8 @@ class Continuous(Bijection):
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
     Raises:
-        ValueError: If the method is unknown, or a tolerance or number is not positive.
-        NotConverged: If the equation cannot be solved to the tolerance.
+        ValueError: If the method is unknown, or a tolerance or number is not positive; at a
+            call, if the equation cannot be solved to the tolerance.
 
     Example:
         >>> layer = Continuous(2)

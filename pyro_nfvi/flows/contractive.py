@@ -33,6 +33,11 @@ class LipSwish(nn.Module):
     Shape:
         ``(*batch,) -> (*batch,)``.
 
+    Example:
+        >>> x = torch.linspace(-5, 5, 100)
+        >>> bool((LipSwish().value_and_slope(x)[1].abs() <= 1).all())
+        True
+
     References:
         Chen et al. (2019), Residual Flows for Invertible Generative Modeling, arXiv:1906.02735,
         eq. 9.
@@ -179,8 +184,8 @@ class Residual(Bijection):
 
     Raises:
         ValueError: If :math:`L` is not between 0 and 1, the activation is steeper than one, or the
-            options of the series do not fit.
-        NotConverged: If an inverse is not found, because the activation became too steep.
+            options of the series do not fit; at a call, if an inverse is not found, because the
+            activation became too steep.
 
     Example:
         >>> layer = Residual(2)

@@ -26,6 +26,11 @@ class SinhArcsinh(Transformer):
     Far out :math:`|z| \propto |u|^{e^s}`: tails grow heavier for :math:`s > 0` and lighter for
     :math:`s < 0`, while :math:`t` skews. Smooth, with an inverse in closed form.
 
+    Example:
+        >>> heavier = torch.tensor([[0.0, 1.0]])  # no skew, and s = tanh(1)
+        >>> SinhArcsinh().forward(torch.tensor([10.0]), heavier)[0] > 10
+        tensor([True])
+
     References:
         Jones & Pewsey (2009), Sinh-arcsinh distributions, Biometrika 96(4), eq. 1.
     """
@@ -57,6 +62,12 @@ class LeakyReLU(Transformer):
 
     The density of a flow jumps at the kink; between linear layers this is the invertible twin of
     a rectifier network.
+
+    Example:
+        >>> params = torch.tensor([[0.0, 1.0]]).expand(2, 2)
+        >>> z, _ = LeakyReLU().forward(torch.tensor([-1.0, 1.0]), params)
+        >>> z[0].item(), bool(z[1] > 2)
+        (-1.0, True)
 
     References:
         He, Zhang, Ren & Sun (2015), Delving Deep into Rectifiers, arXiv:1502.01852, eq. 1;

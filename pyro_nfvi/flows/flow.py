@@ -212,6 +212,12 @@ class FlowDistribution(TransformedDistribution):
         flow: The flow.
         context: Context, or None.
         base: Distribution of the noise. Default: the flow's.
+
+    Example:
+        >>> from pyro_nfvi.flows import planar
+        >>> q = Flow(planar(2, context_dim=3))(torch.randn(5, 3))
+        >>> type(q).__name__, q.batch_shape, q.event_shape
+        ('FlowDistribution', torch.Size([5]), torch.Size([2]))
     """
 
     def __init__(self, flow: Flow, context: Tensor | None = None,

@@ -52,6 +52,14 @@ class Diagonal(LinearMap):
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
+    Example:
+        >>> layer = Diagonal(2)
+        >>> with torch.no_grad():
+        ...     _ = layer.log_scale.value.copy_(torch.tensor([2.0, 3.0]).log())
+        >>> z, log_det = layer(torch.ones(2))
+        >>> z.tolist(), round(log_det.exp().item(), 4)
+        ([2.0, 3.0], 6.0)
+
     References:
         Dinh, Krueger & Bengio (2015), NICE, arXiv:1410.8516, section 3.3; Kingma & Dhariwal
         (2018), Glow, arXiv:1807.03039, section 3.1 (actnorm).
@@ -89,6 +97,10 @@ class Triangular(LinearMap):
 
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Example:
+        >>> Triangular(3).factor().shape  # the Cholesky factor of the covariance
+        torch.Size([3, 3])
 
     References:
         Kucukelbir et al. (2017), Automatic Differentiation Variational Inference,
@@ -130,6 +142,10 @@ class LULinear(LinearMap):
 
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
+
+    Example:
+        >>> LULinear(3, context_dim=2)(torch.randn(7, 3), torch.randn(7, 2))[1].shape
+        torch.Size([7])
 
     References:
         Kingma & Dhariwal (2018), Glow, arXiv:1807.03039, eq. 10.
@@ -250,6 +266,12 @@ class Householder(Bijection):
 
     Raises:
         ValueError: If the number of reflections is odd.
+
+    Example:
+        >>> u = torch.randn(7, 3)
+        >>> z, log_det = Householder(3)(u)
+        >>> torch.allclose(z.norm(dim=-1), u.norm(dim=-1)), log_det.abs().max().item()
+        (True, 0.0)
 
     References:
         Tomczak & Welling (2016), Improving Variational Auto-Encoders using Householder Flow,

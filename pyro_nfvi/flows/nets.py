@@ -37,6 +37,10 @@ class MLP(nn.Module):
 
     Raises:
         ValueError: If an argument is of another kind.
+
+    Example:
+        >>> MLP(3, 4)(torch.randn(7, 3)).abs().max().item()
+        0.0
     """
 
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int] = HIDDEN_DIMS,
@@ -137,6 +141,11 @@ class MaskedMLP(nn.Module):
 
     Shape:
         ``(*batch, D), (*batch, context_dim) -> (*batch, D, num_params)``.
+
+    Example:
+        >>> net = MaskedMLP(torch.tensor([0, 1, 2]), context_dim=0, num_params=2)
+        >>> net(torch.randn(7, 3), None).shape
+        torch.Size([7, 3, 2])
 
     References:
         Germain et al. (2015), MADE: Masked Autoencoder for Distribution Estimation,

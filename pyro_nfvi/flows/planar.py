@@ -125,6 +125,13 @@ class Radial(Bijection):
     Shape:
         u, z: ``(*batch, input_dim)``; context: ``(*batch, context_dim)``; log-det: ``(*batch,)``.
 
+    Example:
+        >>> layer = Radial(2)
+        >>> u = torch.randn(5, 2)
+        >>> z, log_det = layer(u)
+        >>> torch.allclose(layer.inverse(z)[0], u, atol=1e-6)
+        True
+
     References:
         Rezende & Mohamed (2015), Variational Inference with Normalizing Flows,
         arXiv:1505.05770, eq. 14 and appendix A.2.

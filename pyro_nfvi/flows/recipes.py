@@ -44,18 +44,36 @@ MAX_WIDE = 256  # and networks of many units
 
 
 def planar(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compose:
-    """Planar flow of Rezende & Mohamed (2015), arXiv:1505.05770."""
+    """Planar flow of Rezende & Mohamed (2015), arXiv:1505.05770.
+
+    Example:
+        >>> z, log_det = planar(3, num_layers=4)(torch.randn(7, 3))
+        >>> z.shape, log_det.shape
+        (torch.Size([7, 3]), torch.Size([7]))
+    """
     return _stack("planar", num_layers, lambda _: Planar(input_dim, context_dim))
 
 
 def radial(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compose:
-    """Radial flow of Rezende & Mohamed (2015), arXiv:1505.05770."""
+    """Radial flow of Rezende & Mohamed (2015), arXiv:1505.05770.
+
+    Example:
+        >>> u = torch.randn(7, 3)
+        >>> z, _ = radial(3)(u)
+        >>> torch.allclose(z, u)  # as every flow, it starts as the identity
+        True
+    """
     return _stack("radial", num_layers, lambda _: Radial(input_dim, context_dim))
 
 
 def sylvester(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
               num_ridges: int | None = None) -> Compose:
-    """Sylvester flow of van den Berg et al. (2018), arXiv:1803.05649."""
+    """Sylvester flow of van den Berg et al. (2018), arXiv:1803.05649.
+
+    Example:
+        >>> sylvester(10, num_ridges=4)(torch.randn(7, 10))[1].shape
+        torch.Size([7])
+    """
     return _stack("sylvester", num_layers,
                   lambda _: Sylvester(input_dim, context_dim, num_ridges=num_ridges))
 
@@ -65,6 +83,11 @@ def householder_sylvester(input_dim: int, context_dim: int = 0, *, num_layers: i
     """Householder Sylvester flow of van den Berg et al. (2018), arXiv:1803.05649, section 4.2.
 
     The frames are products of reflections, which every context may turn its own way.
+
+    Example:
+        >>> flow = householder_sylvester(3, context_dim=2, num_reflections=2)
+        >>> flow(torch.randn(7, 3), torch.randn(7, 2))[0].shape
+        torch.Size([7, 3])
     """
     frame = partial(HouseholderFrame, num_reflections=num_reflections)
     return _stack("householder_sylvester", num_layers, lambda _: Sylvester(
@@ -75,6 +98,10 @@ def triangular_sylvester(input_dim: int, context_dim: int = 0, *, num_layers: in
     """Triangular Sylvester flow of van den Berg et al. (2018), arXiv:1803.05649, section 4.3.
 
     The frames are the axes, in turn from the first and from the last; a ridge for each.
+
+    Example:
+        >>> triangular_sylvester(3, num_layers=2)(torch.randn(7, 3))[0].shape
+        torch.Size([7, 3])
     """
     return _stack("triangular_sylvester", num_layers, lambda k: Sylvester(
         input_dim, context_dim, num_ridges=input_dim,
@@ -88,6 +115,12 @@ def iaf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
     """Inverse autoregressive flow of Kingma et al. (2016), arXiv:1606.04934.
 
     Sampling is one pass a layer, the order of the coordinates turning round between layers.
+
+    Example:
+        >>> from pyro_nfvi.flows import Flow
+        >>> z, log_q = Flow(iaf(3)).rsample_and_log_prob((7,))  # one pass a layer
+        >>> z.shape, log_q.shape
+        (torch.Size([7, 3]), torch.Size([7]))
     """
     return _stack("iaf", num_layers, lambda k: Autoregressive(
         input_dim, context_dim, num_passes=num_passes, reverse=k % 2 == 1,
@@ -102,6 +135,11 @@ def maf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
 
     The density of any point is one pass a layer; sampling is ``num_passes`` (if not said,
     ``input_dim``) passes a layer, fewer passes being larger groups of coordinates.
+
+    Example:
+        >>> from pyro_nfvi.flows import Flow
+        >>> Flow(maf(3)).log_prob(torch.randn(7, 3)).shape  # one pass a layer
+        torch.Size([7])
     """
     return _stack("maf", num_layers, lambda k: Inverse(Autoregressive(
         input_dim, context_dim, num_passes=num_passes, reverse=k % 2 == 1,
@@ -111,7 +149,14 @@ def maf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
 def nice(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
          hidden_dims: Sequence[int] = HIDDEN_DIMS,
          activation: Callable[[], nn.Module] = nn.Tanh) -> Compose:
-    """NICE of Dinh, Krueger & Bengio (2015), arXiv:1410.8516: additive couplings, then scales."""
+    """NICE of Dinh, Krueger & Bengio (2015), arXiv:1410.8516: additive couplings, then scales.
+
+    Example:
+        >>> u = torch.randn(7, 4)
+        >>> flow = nice(4)
+        >>> torch.allclose(flow.inverse(flow(u)[0])[0], u)
+        True
+    """
     couplings = _couplings("nice", input_dim, context_dim, num_layers, Additive(), hidden_dims,
                            activation)
     return Compose([*couplings.layers, Diagonal(input_dim, context_dim)])
@@ -120,7 +165,13 @@ def nice(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
 def realnvp(input_dim: int, context_dim: int = 0, *, num_layers: int = 8,
             hidden_dims: Sequence[int] = (32, 32),
             activation: Callable[[], nn.Module] = nn.Tanh) -> Compose:
-    """Real NVP of Dinh, Sohl-Dickstein & Bengio (2017), arXiv:1605.08803: affine couplings."""
+    """Real NVP of Dinh, Sohl-Dickstein & Bengio (2017), arXiv:1605.08803: affine couplings.
+
+    Example:
+        >>> flow = realnvp(4, context_dim=2, num_layers=2)
+        >>> flow(torch.randn(7, 4), torch.randn(2))[1].shape
+        torch.Size([7])
+    """
     return _couplings("realnvp", input_dim, context_dim, num_layers, Affine(), hidden_dims,
                       activation)
 
@@ -128,7 +179,14 @@ def realnvp(input_dim: int, context_dim: int = 0, *, num_layers: int = 8,
 def nsf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4, num_bins: int = 8,
         bound: float = 5.0, hidden_dims: Sequence[int] = HIDDEN_DIMS,
         activation: Callable[[], nn.Module] = nn.Tanh) -> Compose:
-    """Neural spline flow of Durkan et al. (2019), arXiv:1906.04032: spline couplings."""
+    """Neural spline flow of Durkan et al. (2019), arXiv:1906.04032: spline couplings.
+
+    Example:
+        >>> from pyro_nfvi.flows import Flow
+        >>> flow = Flow(nsf(2, num_layers=2, num_bins=6))
+        >>> flow().sample((7,)).shape, flow.log_prob(torch.zeros(2)).shape
+        (torch.Size([7, 2]), torch.Size([]))
+    """
     spline = RationalQuadraticSpline(num_bins, bound)
     return _couplings("nsf", input_dim, context_dim, num_layers, spline, hidden_dims, activation)
 
@@ -139,6 +197,10 @@ def auto(input_dim: int, context_dim: int = 0, *, num_layers: int = 8) -> Compos
     Up to 20 coordinates half as many spline couplings, which bend more; beyond, affine
     couplings, which cost less. Beyond 256 a quarter as many, with narrow networks that see the
     others through 16 numbers: there the Gaussian does most, and a step must stay cheap.
+
+    Example:
+        >>> [type(auto(dim).layers[0].transformer).__name__ for dim in (20, 21)]
+        ['RationalQuadraticSpline', 'Affine']
     """
     check_positive_int("auto", "num_layers", num_layers)
     if check_positive_int("auto", "input_dim", input_dim) > MAX_WIDE:
@@ -161,6 +223,11 @@ def realnvp_image(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
     half of the channels leave; at the last only those by checkerboard. Where the paper has batch
     normalization there are actnorms, which start at the data by :meth:`Flow.initialize`. Without
     ``image_shape`` a vector is one pixel of ``input_dim`` channels.
+
+    Example:
+        >>> flow = realnvp_image(64, image_shape=(1, 8, 8), num_layers=2)
+        >>> flow(torch.randn(3, 64))[0].shape
+        torch.Size([3, 64])
     """
     shape = _image_shape("realnvp_image", input_dim, image_shape)
     check_positive_int("realnvp_image", "num_layers", num_layers)
@@ -188,6 +255,11 @@ def glow(input_dim: int, context_dim: int = 0, *, num_layers: int = 8,
     if not said), half of the channels leaving in between. Actnorms start at the data by
     :meth:`Flow.initialize`. Without ``image_shape`` a vector is one pixel of ``input_dim``
     channels, which is not squeezed.
+
+    Example:
+        >>> flow = glow(64, image_shape=(1, 8, 8), num_layers=2)
+        >>> flow(torch.randn(3, 64))[1].shape
+        torch.Size([3])
     """
     shape = _image_shape("glow", input_dim, image_shape)
     check_positive_int("glow", "num_layers", num_layers)
@@ -215,6 +287,10 @@ def naf(input_dim: int, context_dim: int = 0, *, num_layers: int = 2, num_units:
 
     Sampling is one pass a layer; :class:`Inverse` of it is the paper's for densities. ``dense``
     takes its deep dense sigmoidal flow of two layers, which is costlier and bends more.
+
+    Example:
+        >>> naf(3, num_layers=1)(torch.randn(7, 3))[1].shape
+        torch.Size([7])
     """
     sigmoids = DeepSigmoid(num_units, num_layers=2 if dense else 1, dense=dense)
     return _stack("naf", num_layers, lambda k: Autoregressive(
@@ -228,6 +304,10 @@ def umnn(input_dim: int, context_dim: int = 0, *, num_layers: int = 2, num_units
     """Unconstrained monotonic neural networks of Wehenkel & Louppe (2019), arXiv:1908.05164.
 
     Sampling is one pass a layer; :class:`Inverse` of it is the paper's for densities.
+
+    Example:
+        >>> umnn(3, num_layers=1)(torch.randn(7, 3))[1].shape
+        torch.Size([7])
     """
     integral = MonotoneIntegral(num_units, bound)
     return _stack("umnn", num_layers, lambda k: Autoregressive(
@@ -240,6 +320,10 @@ def bnaf(input_dim: int, context_dim: int = 0, *, num_layers: int = 2, block_dim
     """Block neural autoregressive flow of De Cao et al. (2019), arXiv:1904.04676, then scales.
 
     Sampling is one pass a layer; :class:`Inverse` of it is the paper's for densities.
+
+    Example:
+        >>> bnaf(3, num_layers=1)(torch.randn(7, 3))[1].shape
+        torch.Size([7])
     """
     blocks = _stack("bnaf", num_layers, lambda k: BlockAutoregressive(
         input_dim, context_dim, block_dim=block_dim, num_hidden=num_hidden, reverse=k % 2 == 1))
@@ -255,6 +339,12 @@ def ncsf(input_dim: int, context_dim: int = 0, *, num_layers: int = 4,
     ``angles`` says which coordinates are angles (all, if not said); the others get splines on
     the line, of half-width ``bound``. The base has to agree:
     ``Flow(ncsf(2), UniformAngles(2))``. See :mod:`pyro_nfvi.flows.circular`.
+
+    Example:
+        >>> from pyro_nfvi.flows import Flow, UniformAngles
+        >>> angles = Flow(ncsf(2), UniformAngles(2))().sample((7,))
+        >>> bool((angles.abs() <= torch.pi).all())
+        True
     """
     check_positive_int("ncsf", "num_layers", num_layers)
     check_positive_int("ncsf", "input_dim", input_dim)
@@ -275,6 +365,10 @@ def residual(input_dim: int, context_dim: int = 0, *, num_layers: int = 8,
 
     The log-determinant is exact; ``num_terms`` of its power series are the first paper's, and
     ``num_terms`` with a ``roulette`` the second's, arXiv:1906.02735. See :class:`Residual`.
+
+    Example:
+        >>> residual(3, num_layers=2)(torch.randn(7, 3))[1].shape
+        torch.Size([7])
     """
     return _stack("residual", num_layers, lambda _: Residual(
         input_dim, context_dim, lipschitz=lipschitz, num_terms=num_terms, roulette=roulette,
@@ -288,6 +382,10 @@ def cnf(input_dim: int, context_dim: int = 0, *, num_layers: int = 1, end_time: 
     """Continuous normalizing flow of Chen et al. (2018), arXiv:1806.07366, with exact traces.
 
     With ``method="rk4"`` a fit compiles, and is many times faster. See :class:`Continuous`.
+
+    Example:
+        >>> cnf(3, method="rk4")(torch.randn(7, 3))[0].shape
+        torch.Size([7, 3])
     """
     return _stack("cnf", num_layers, lambda _: Continuous(
         input_dim, context_dim, end_time=end_time, method=method, rtol=rtol, atol=atol,
@@ -303,6 +401,11 @@ def ffjord(input_dim: int, context_dim: int = 0, *, num_layers: int = 1,
 
     Its log-densities are random (``num_probes=None`` makes them exact): a fit takes that, a
     verdict on the fit does not. See :class:`Continuous`.
+
+    Example:
+        >>> flow = ffjord(3, method="rk4")
+        >>> flow(torch.randn(7, 3))[1].shape, flow.log_det_is_random
+        (torch.Size([7]), True)
     """
     return _stack("ffjord", num_layers, lambda _: Continuous(
         input_dim, context_dim, end_time=end_time, num_probes=num_probes, method=method,

@@ -41,6 +41,13 @@ class RationalQuadraticSpline(Transformer):
     Shape:
         u: ``(*batch, n)``; params: ``(*batch, n, 3 * num_bins + 3)``.
 
+    Example:
+        >>> spline = RationalQuadraticSpline(num_bins=4)
+        >>> u, params = torch.randn(7, 3), torch.randn(7, 3, spline.params_per_dim)
+        >>> z, log_slope = spline.forward(u, params)
+        >>> torch.allclose(spline.inverse(z, params)[0], u, atol=1e-4)
+        True
+
     References:
         Durkan, Bekasov, Murray & Papamakarios (2019), Neural Spline Flows, arXiv:1906.04032,
         eq. 4-8 and section 3.1.

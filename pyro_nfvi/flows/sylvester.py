@@ -31,6 +31,11 @@ class OrthogonalFrame(nn.Module):
     Shape:
         ``(*batch, context_dim) -> (D, M)``.
 
+    Example:
+        >>> q = OrthogonalFrame(5, 2)()
+        >>> torch.allclose(q.mT @ q, torch.eye(2), atol=1e-5)
+        True
+
     References:
         van den Berg et al. (2018), arXiv:1803.05649, section 4.1 (orthogonal Sylvester flows).
     """
@@ -61,6 +66,11 @@ class HouseholderFrame(nn.Module):
 
     Shape:
         ``(D, M)`` without context, ``(*batch, context_dim) -> (*batch, D, M)`` with.
+
+    Example:
+        >>> q = HouseholderFrame(5, 2, context_dim=3)(torch.randn(7, 3))
+        >>> q.shape, torch.allclose(q.mT @ q, torch.eye(2), atol=1e-5)
+        (torch.Size([7, 5, 2]), True)
 
     References:
         van den Berg et al. (2018), arXiv:1803.05649, section 4.2 (Householder Sylvester flows);
@@ -100,6 +110,12 @@ class CoordinateFrame(nn.Module):
 
     Shape:
         ``(*batch, context_dim) -> (D, M)``.
+
+    Example:
+        >>> CoordinateFrame(3, 2, reverse=True)()
+        tensor([[0., 0.],
+                [0., 1.],
+                [1., 0.]])
 
     References:
         van den Berg et al. (2018), arXiv:1803.05649, section 4.3 (triangular Sylvester flows).

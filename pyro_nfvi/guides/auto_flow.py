@@ -367,6 +367,13 @@ class AutoGaussian(AutoFlow):
     Its ``affine`` map decides which Gaussian: :class:`~pyro_nfvi.flows.Triangular` (full
     covariance, the default), :class:`~pyro_nfvi.flows.LowRank` or
     :class:`~pyro_nfvi.flows.Diagonal`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> AutoGaussian(model).setup().log_prob({"x": torch.zeros(5, 3)}).shape
+        torch.Size([5])
     """
 
     default_recipe = Identity
@@ -374,25 +381,57 @@ class AutoGaussian(AutoFlow):
 
 
 class AutoPlanar(AutoFlow):
-    """:class:`AutoFlow` with a planar flow (Rezende & Mohamed 2015)."""
+    """:class:`AutoFlow` with a planar flow (Rezende & Mohamed 2015).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> AutoPlanar(model, num_layers=4).setup().sample_posterior(5)["x"].shape
+        torch.Size([5, 3])
+    """
 
     default_recipe = staticmethod(planar)
 
 
 class AutoRadial(AutoFlow):
-    """:class:`AutoFlow` with a radial flow (Rezende & Mohamed 2015)."""
+    """:class:`AutoFlow` with a radial flow (Rezende & Mohamed 2015).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> AutoRadial(model, num_layers=4).setup().sample_posterior(5)["x"].shape
+        torch.Size([5, 3])
+    """
 
     default_recipe = staticmethod(radial)
 
 
 class AutoIAF(AutoFlow):
-    """:class:`AutoFlow` with an inverse autoregressive flow (Kingma et al. 2016)."""
+    """:class:`AutoFlow` with an inverse autoregressive flow (Kingma et al. 2016).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> AutoIAF(model, num_layers=2).setup().sample_posterior(5)["x"].shape
+        torch.Size([5, 3])
+    """
 
     default_recipe = staticmethod(iaf)
 
 
 class AutoSpline(AutoFlow):
-    """:class:`AutoFlow` with a neural spline flow (Durkan et al. 2019)."""
+    """:class:`AutoFlow` with a neural spline flow (Durkan et al. 2019).
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        >>> AutoSpline(model, num_bins=6).setup().sample_posterior(5)["x"].shape
+        torch.Size([5, 3])
+    """
 
     default_recipe = staticmethod(nsf)
 

@@ -49,6 +49,15 @@ class GuideDraws:
     Raises:
         ValueError: If the guide leaves out a latent site of the model, gives it another shape,
             or draws what the model does not have.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> layout = LatentLayout.from_trace(poutine.trace(model).get_trace())
+        >>> z, log_q = GuideDraws(model, layout, (), {}).rsample_and_log_prob((5,))  # its own guide
+        >>> torch.allclose(log_q, dist.Normal(0.0, 1.0).log_prob(z).squeeze(-1), atol=1e-5)
+        True
     """
 
     def __init__(self, guide: Callable, layout: LatentLayout, args: tuple, kwargs: dict) -> None:

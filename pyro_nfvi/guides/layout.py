@@ -30,6 +30,15 @@ class LatentSite:
         event_dim: Number of rightmost dimensions of ``shape`` that are one draw.
         plates: Names of the plates, by the dimension of ``shape`` they own, from the left.
         start: Where its slice of the flat vector begins.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        >>> layout = LatentLayout.from_trace(pyro.poutine.trace(model).get_trace())
+        >>> site = layout.at(0)
+        >>> site.name, site.support, site.shape, site.plates
+        ('scale', GreaterThan(lower_bound=0.0), torch.Size([]), ())
     """
 
     name: str
@@ -76,6 +85,17 @@ class LatentLayout:
     Shape:
         z: ``(*sample, size)``; value of a site: ``(*sample, *site.shape)``, sample dimensions
         to the left of the site's plates.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        ...     with pyro.plate("rows", 4):
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> layout = LatentLayout.from_trace(pyro.poutine.trace(model).get_trace())
+        >>> values, log_det = layout.constrain(torch.zeros(7, layout.size))
+        >>> layout.size, values["weights"].shape, values["x"].shape
+        (6, torch.Size([7, 3]), torch.Size([7, 4]))
     """
 
     def __init__(self, sites: tuple[LatentSite, ...]) -> None:

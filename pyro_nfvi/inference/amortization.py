@@ -29,6 +29,10 @@ class AmortizationGap:
     Attributes:
         amortized: By the encoder.
         optimized: By the datum's own features.
+
+    Example:
+        >>> AmortizationGap(torch.tensor([-2.0, -3.0]), torch.tensor([-1.5, -2.5]))
+        AmortizationGap(0.500 +- 0.000 nats a datum, 2 data)
     """
 
     amortized: Tensor
@@ -73,6 +77,19 @@ def amortization_gap(guide: AutoAmortizedFlow, *args: Any, num_steps: int = 200,
 
     Raises:
         ValueError: If the guide is another, or the model draws minibatches.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("rows", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.randn(5)
+        >>> guide = AutoAmortizedFlow(model, encoder=torch.nn.Linear(1, 4),
+        ...                           inputs=lambda x: x.unsqueeze(-1))
+        >>> gap = amortization_gap(guide, x, num_steps=20, seed=0)
+        >>> gap.gaps.shape
+        torch.Size([5])
 
     References:
         Cremer, Li & Duvenaud (2018), Inference Suboptimality in Variational Autoencoders,

@@ -22,6 +22,10 @@ class Chains:
             (log joint of the flat latent) and ``acceptance_rate`` for all; ``log_q`` and
             ``accepted`` for Metropolis-Hastings; ``energy``, ``diverging``, ``step_size``,
             ``n_steps`` and ``tree_depth`` for NUTS.
+
+    Example:
+        >>> Chains(torch.randn(4, 100, 3), {"acceptance_rate": torch.full((4, 100), 0.8)})
+        Chains(4 chains of 100 draws of 3 latents, acceptance rate 0.80)
     """
 
     z: Tensor

@@ -38,7 +38,7 @@ class CompiledTrace_ELBO(Trace_ELBO):
     arguments may change from step to step; a new number or shape starts a new recording. What else
     changes the model (an attribute, a tensor it finds outside) is found out only now and then: make
     it an argument. Later data are not validated. A model or guide that cannot be recorded runs as
-    Pyro runs it, and :attr:`reason` says why.
+    Pyro runs it, and ``reason`` says why.
 
     Several particles are computed at once by ``torch.func.vmap``, also without
     ``vectorize_particles``.

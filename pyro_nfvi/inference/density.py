@@ -61,6 +61,12 @@ class FittedFlow(ConstantFlow):
         context: Contexts, or None.
         batch_shape: Shape of the batch of independent copies.
         history: What happened during the fit.
+
+    Example:
+        >>> from pyro_nfvi.flows import planar
+        >>> fitted = FittedFlow(Flow(planar(2)))
+        >>> fitted.sample((3,)).shape, fitted.expand([4]).batch_shape
+        (torch.Size([3, 2]), torch.Size([4]))
     """
 
     def __init__(self, flow: Flow, context: Tensor | None = None, batch_shape: Any = None,

@@ -29,7 +29,15 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun
 
 
 class LostProcess(RuntimeError):
-    """A process of a distributed fit has died, or hangs."""
+    """A process of a distributed fit has died, or hangs.
+
+    Example:
+        >>> try:
+        ...     raise LostProcess("NFVI: process 2 of 4 has died.")
+        ... except RuntimeError as error:
+        ...     print(error)
+        NFVI: process 2 of 4 has died.
+    """
 
 
 class DistributedTeam:

@@ -36,6 +36,12 @@ class ImportanceSample:
         log_weights: Pareto-smoothed, normalized log weights.
         pareto_k: k-hat, the shape of the weights' tail.
 
+    Example:
+        >>> from pyro_nfvi.flows import Identity
+        >>> sample = importance_sample(Flow(Identity(2)), lambda z: -0.6 * z.square().sum(-1), 1000)
+        >>> sample.z[sample.resample(200)].shape, 500 < sample.ess < 1000
+        (torch.Size([200, 2]), True)
+
     References:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling, arXiv:1507.02646; Yao et al.
         (2018), Yes, but Did It Work?, arXiv:1802.02538.
@@ -89,6 +95,12 @@ def importance_sample(flow: Flow | GuideDraws, log_joint: Callable[[Tensor], Ten
     """Draw from a flow, or another guide, and weigh the draws by the log joint.
 
     Draws whose log joint is not finite get weight zero; if none is finite, k-hat is infinite.
+
+    Example:
+        >>> from pyro_nfvi.flows import Identity
+        >>> exact = importance_sample(Flow(Identity(2)), lambda z: -0.5 * z.square().sum(-1), 1000)
+        >>> round(exact.ess)
+        1000
     """
     z, log_q = _drawn(flow, num_samples)
     log_p = scored(log_joint, z)

@@ -47,6 +47,16 @@ class LogJoint:
         reason: Why not, or an empty string.
         all_at_once: Whether it is best asked about all latents at once, and takes them part by part
             itself.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+        >>> y = torch.tensor(0.3)
+        >>> layout = LatentLayout.from_trace(poutine.trace(model).get_trace(y))
+        >>> LogJoint(model, (y,), {}, layout)(torch.zeros(7, 1)).shape
+        torch.Size([7])
     """
 
     all_at_once = False

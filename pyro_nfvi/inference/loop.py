@@ -82,6 +82,10 @@ class Stage:
         ess: Effective fraction of the draws, likewise.
         elbo: ELBO, likewise.
         gradients: Number of gradients of the log joint.
+
+    Example:
+        >>> Stage("Gaussian", pareto_k=0.2, ess=0.9, gradients=5000).num_steps
+        0
     """
 
     name: str
@@ -105,6 +109,12 @@ class History:
         engines: How each stage was computed.
         concerns: What speaks against the fit, beyond its weights.
         seconds: Wall-clock time of the fit.
+
+    Example:
+        >>> first = History([-5.0, -4.0], stages=[Stage("flow", 2, gradients=512)])
+        >>> both = first + History([-3.9], stages=[Stage("more particles", 1, gradients=512)])
+        >>> both.elbo, both.gradients
+        ([-5.0, -4.0, -3.9], 1024)
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -161,6 +171,17 @@ class Loop:
             own rows.
         keeper: Keeps snapshots on the way, and when a signal ends the loop.
         snapshot: Where to go on from. Default: the start.
+
+    Example:
+        >>> loc = nn.Parameter(torch.zeros(()))
+        >>> def estimates():  # a Gaussian of unit variance, fitted to one at 3
+        ...     z = loc + torch.randn(100)
+        ...     return -0.5 * (z - 3).square() + 0.5 * (z - loc).square(), z.unsqueeze(-1)
+        >>> loop = Loop([loc], estimates, lambda z: "z", 200, lr=0.1, progress=False,
+        ...             compile="eager")
+        >>> history = loop.run()
+        >>> len(history.elbo), abs(loc.item() - 3) < 0.2
+        (200, True)
 
     References:
         Agrawal, Sheldon & Domke (2020), Advances in Black-Box VI, arXiv:2006.10343 (many

@@ -21,6 +21,14 @@ class ELBO:
         path_gradient: Leave out the score term of the gradient, whose mean is zero: the noise
             of the gradient then vanishes as the flow fits.
 
+    Example:
+        >>> import torch
+        >>> from pyro_nfvi.flows import Identity
+        >>> flow = Flow(Identity(2))
+        >>> elbo, z = ELBO()(flow, lambda z: flow.log_prob(z) - 3.0, 5)
+        >>> torch.allclose(elbo, torch.tensor(-3.0))  # the evidence, as the flow is exact
+        True
+
     References:
         Roeder, Wu & Duvenaud (2017), Sticking the Landing, arXiv:1703.09194; Vaitl et al.
         (2022), Gradients should stay on Path, arXiv:2207.08219.

@@ -26,6 +26,11 @@ def plot_elbo(history: History, ax: Any = None) -> Any:
 
     Raises:
         ValueError: If ``ax`` is nothing to draw on.
+
+    Example:
+        >>> axes = plot_elbo(History([-5.0, -4.0, -3.5, -3.2]))
+        >>> axes.get_xlabel()
+        'step'
     """
     check_axes("plot_elbo", ax)
     ax = new_axes() if ax is None else ax

@@ -51,6 +51,12 @@ def plot_flow(flow: Flow | FlowDistribution | ConstantFlow, *, context: Tensor |
 
     Raises:
         ValueError: If the flow is over another number of coordinates, or an argument does not fit.
+
+    Example:
+        >>> from pyro_nfvi.flows import planar
+        >>> axes = plot_flow(Flow(planar(2, num_layers=2)), num_samples=100)
+        >>> [ax.get_title(loc="left") for ax in axes]
+        ['density of the flow', 'draws', 'noise', '1: Planar', '2: Planar']
     """
     flow, context = _checked_flow(flow, context)
     check_positive_int("plot_flow", "num_samples", num_samples)

@@ -31,6 +31,14 @@ def plot_marginals(data: Any, reference: Any = None, var_names: Sequence[str] | 
 
     Raises:
         ValueError: If there are no draws, a site is unknown, or the reference does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> draws = {"mu": rng.normal(size=500), "theta": rng.normal(size=(500, 2))}
+        >>> figure = plot_marginals(draws)
+        >>> [ax.get_title(loc="left") for ax in figure.axes]
+        ['mu', 'theta[0]', 'theta[1]']
     """
     chosen, num_left = components("plot_marginals", data, reference, var_names,
                                   pareto_k=pareto_k, most=most)

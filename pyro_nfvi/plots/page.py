@@ -47,6 +47,19 @@ def write_page(path: str | PathLike, *, title: str, report: Any, table: Any,
 
     Raises:
         ValueError: If the folder does not exist, or the path is one.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> from pathlib import Path
+        >>> from pyro_nfvi.diagnostics import Check, Report
+        >>> report = Report((Check("fit", "ok", "ran to its end"),), "Verdict: good.", True,
+        ...                 (-3.0, 0.1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "page.html")
+        ...     write_page(path, title="A fit", report=report, pictures=[],
+        ...                table=pd.DataFrame({"mean": [0.1]}, index=["x"]))
+        ...     "<title>A fit" in path.read_text()
+        True
     """
     check_path(OWNER, path)
     made = pictures() if callable(pictures) else pictures
@@ -73,7 +86,12 @@ def page(*, title: str, report: Any, table: Any, pictures: Sequence[Picture],
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages behind a fit, of those that are installed."""
+    """Versions of the packages behind a fit, of those that are installed.
+
+    Example:
+        >>> versions()["pyro_nfvi"] == pyro_nfvi.__version__
+        True
+    """
     found = {"pyro_nfvi": pyro_nfvi.__version__}
     for name in PACKAGES:
         try:

@@ -39,6 +39,12 @@ def plot_pairs(data: Any, reference: Any = None, var_names: Sequence[str] | None
 
     Raises:
         ValueError: If there are no draws, a site is unknown, or the reference does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> figure = plot_pairs({"theta": np.random.default_rng(0).normal(size=(500, 2))})
+        >>> len(figure.axes)
+        3
     """
     chosen, num_left = components("plot_pairs", data, reference, var_names,
                                   pareto_k=pareto_k, most=most, spread=True)

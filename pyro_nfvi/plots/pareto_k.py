@@ -30,6 +30,11 @@ def plot_pareto_k(site_pareto_k: Mapping[str, float], threshold: float = MAX_K, 
 
     Raises:
         ValueError: If there is no site.
+
+    Example:
+        >>> axes = plot_pareto_k({"mu": 0.1, "tau": 0.8})
+        >>> len(axes.get_yticks())
+        2
     """
     if not site_pareto_k:
         raise ValueError("plot_pareto_k expected `site_pareto_k` with at least one site, got none.")

@@ -34,6 +34,11 @@ class Picture:
         alt: What is seen, for somebody who does not see it.
         draw: Draws it on an empty matplotlib figure; None if it is missing.
         wide: Whether it takes a row of its own where there is room for two.
+
+    Example:
+        >>> picture = Picture("Weights", "The tail of the weights.", draw=lambda fig: None)
+        >>> picture.title, picture.wide
+        ('Weights', False)
     """
 
     title: str
@@ -58,6 +63,12 @@ def fit_pictures(*, history: History | None = None, log_ratios: Any = None,
 
     Raises:
         ValueError: If the reference does not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> log_ratios = np.random.default_rng(0).normal(size=1000)
+        >>> [picture.title for picture in fit_pictures(log_ratios=log_ratios) if picture.draw]
+        ['Tail of the weights']
     """
     site_pareto_k = site_pareto_k or {}
     return [_marginals(data, reference, site_pareto_k), _pairs(data, reference, site_pareto_k),

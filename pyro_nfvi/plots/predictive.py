@@ -33,6 +33,20 @@ def plot_predictive(data: Any, var_names: Sequence[str] | None = None, *,
 
     Raises:
         ValueError: If no site has both.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro_nfvi import Posterior
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("data", 8):
+        ...         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def guide(y):
+        ...     pyro.sample("mu", dist.Normal(0.0, 1.0 / 3.0))
+        >>> posterior = Posterior.of(model, guide, torch.zeros(8))
+        >>> figure = plot_predictive(posterior.to_arviz(200))
+        >>> figure.axes[0].get_title(loc="left")
+        'y'
     """
     sites = predictive_sites(data, var_names)
     if not sites:

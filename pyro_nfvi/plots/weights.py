@@ -110,6 +110,12 @@ def plot_weights(log_ratios: Any, ax: Any = None, *, threshold: float = MAX_K) -
     Raises:
         ValueError: If no ratio is finite.
 
+    Example:
+        >>> log_ratios = np.random.default_rng(0).normal(size=1000)
+        >>> axes = plot_weights(log_ratios)
+        >>> axes.get_xscale(), axes.get_yscale()
+        ('log', 'log')
+
     References:
         Vehtari et al. (2024), Pareto Smoothed Importance Sampling, arXiv:1507.02646.
     """

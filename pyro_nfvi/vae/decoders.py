@@ -39,6 +39,13 @@ class Decoder(nn.Module, ABC):
 
     Raises:
         ValueError: If an input has another shape or type.
+
+    Example:
+        >>> class Flat(Decoder):
+        ...     def _forward(self, z):
+        ...         return z.sum(-1, keepdim=True).expand(len(z), self.num_params * 4)
+        >>> Flat(2, (2, 2), num_params=1)(torch.randn(5, 2)).shape
+        torch.Size([5, 1, 2, 2])
     """
 
     def __init__(self, latent_dim: int, event_shape: Sequence[int], num_params: int) -> None:

@@ -44,6 +44,13 @@ class Encoder(nn.Module, ABC):
 
     Raises:
         ValueError: If an input has another shape or type.
+
+    Example:
+        >>> class Mean(Encoder):
+        ...     def _forward(self, x, mask):
+        ...         return x.flatten(1).mean(-1, keepdim=True)
+        >>> Mean((2, 2), output_dim=1)(torch.randn(5, 2, 2)).shape
+        torch.Size([5, 1])
     """
 
     def __init__(self, event_shape: Sequence[int], output_dim: int, varying: str = "") -> None:

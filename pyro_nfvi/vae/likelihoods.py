@@ -48,6 +48,14 @@ class Likelihood(nn.Module, ABC):
 
     Raises:
         ValueError: If ``event_shape`` is no tuple of positive integers.
+
+    Example:
+        >>> class Laplace(Likelihood):
+        ...     num_params, discrete = 1, False
+        ...     def _distribution(self, params):
+        ...         return dist.Laplace(params[0], 1.0)
+        >>> Laplace((2, 2))(torch.zeros(5, 1, 2, 2)).batch_shape
+        torch.Size([5, 2, 2])
     """
 
     num_params: int = 1

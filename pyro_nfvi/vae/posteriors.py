@@ -34,6 +34,13 @@ class AmortizedPosterior(nn.Module, ABC):
 
     Raises:
         ValueError: If a dimension is not a positive integer, or the features have another shape.
+
+    Example:
+        >>> class Shift(AmortizedPosterior):  # of unit scale
+        ...     def _distribution(self, features):
+        ...         return dist.Normal(features[..., :self.latent_dim], 1.0).to_event(1)
+        >>> Shift(8, 2)(torch.randn(5, 8)).rsample().shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, feature_dim: int, latent_dim: int) -> None:

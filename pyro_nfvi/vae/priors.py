@@ -28,6 +28,13 @@ class Prior(nn.Module, ABC):
 
     Shape:
         result: a Pyro distribution of batch shape ``()`` and event shape ``(latent_dim,)``.
+
+    Example:
+        >>> class Wide(Prior):
+        ...     def forward(self, encode):
+        ...         return dist.Normal(torch.zeros(self.latent_dim), 3.0).to_event(1)
+        >>> Wide(2)(None).event_shape
+        torch.Size([2])
     """
 
     def __init__(self, latent_dim: int) -> None:
@@ -44,6 +51,10 @@ class StandardGaussian(Prior):
 
     Args:
         latent_dim: Number of latent coordinates :math:`D`.
+
+    Example:
+        >>> StandardGaussian(2)(None).sample((5,)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, latent_dim: int) -> None:
@@ -69,6 +80,10 @@ class FlowPrior(Prior):
         latent_dim: Number of latent coordinates :math:`D`.
         recipe: Function of ``latent_dim`` that builds the flow.
         **options: Options of the recipe, such as ``num_layers``.
+
+    Example:
+        >>> FlowPrior(2, num_layers=2)(None).log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
 
     References:
         Chen et al. (2017), Variational Lossy Autoencoder, arXiv:1611.02731, section 3.2.
@@ -99,6 +114,13 @@ class VampPrior(Prior):
 
     Raises:
         ValueError: If there are no pseudo-inputs.
+
+    Example:
+        >>> from pyro_nfvi.vae import VAE, Bernoulli
+        >>> x = torch.rand(100, 4).round()
+        >>> vae = VAE(Bernoulli((4,)), latent_dim=2, prior=VampPrior(2, x[:10]))
+        >>> vae.prior(vae.posterior_of).sample((5,)).shape
+        torch.Size([5, 2])
 
     References:
         Tomczak & Welling (2018), VAE with a VampPrior, arXiv:1705.07120, eq. 9-10.

@@ -45,6 +45,12 @@ class TrainingHistory(History):
         validation: ELBO of the validation data after each epoch, in nats a datum.
         best_epoch: The epoch whose parameters were kept, from 1; 0 without validation data.
         active_units: Which latents depend on the data.
+
+    Example:
+        >>> history = TrainingHistory(epochs=[-120.0, -100.0], validation=[-115.0, -104.0],
+        ...                           best_epoch=2)
+        >>> history.validation[history.best_epoch - 1]
+        -104.0
     """
 
     epochs: list[float] = field(default_factory=list)
