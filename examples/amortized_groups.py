@@ -1,74 +1,66 @@
-"""Varying intercepts and slopes: one posterior a group, or one encoder for all groups.
+"""Varying slopes: a posterior for each group, or one encoder for all.
 
-A regression in 100 groups of 4 to 12 observations each, drawn here from known values. The usual fit
-holds a posterior for the two effects of every group: 205 latents in all. The amortized one holds a
-flow for the five population values and another that reads a group's effects off its observations,
-by a network that takes sets of any size. Its number of parameters does not grow with the groups, it
-trains on minibatches of them, and groups that come later need no new fit. What one learns here: how
-to write such a model, and what the network costs in accuracy.
+Each of fifty groups has an intercept and a slope of its own. Is it enough to train one network
+that reads a group's data and returns its posterior, so that groups that come later need no fit; and
+what does that cost in accuracy?
 
-    python examples/amortized_groups.py [--num-groups 100] [--num-steps 4000] [--out DIR]
+    python examples/amortized_groups.py [--out DIR]
 """
 
-from __future__ import annotations
-
+# %%
 import argparse
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI
-from pyro.optim import ClippedAdam
-from torch import Tensor
 
-from pyro_nfvi import NFVI, AutoAmortizedFlow, CompiledTrace_ELBO, Posterior
+from pyro_nfvi import NFVI, AutoAmortizedFlow, CompiledTrace_ELBO
 from pyro_nfvi.inference import amortization_gap
 from pyro_nfvi.vae import SetEncoder
 
-MOST = 12  # observations of a group
-TRUTH = {"intercept": 1.0, "slope": -0.5, "spread": (0.8, 0.4), "sigma": 0.7}
-POPULATION = tuple(TRUTH)
-NUM_DRAWS = 4000
+pyro.set_rng_seed(0)
+
+# %% tags=["remove-cell"]
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("--out", type=Path, default=Path("out"), help="where files go")
+out = parser.parse_known_args()[0].out
+out.mkdir(parents=True, exist_ok=True)
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110,
+                     "legend.frameon": False, "figure.constrained_layout.use": True})
+
+# %% [markdown]
+# ## The data
+# Drawn here, so that the truth is known: groups of 4 to 12 observations, padded to one length, and
+# a mask of what is there.
+
+# %%
+most = 12
+truth = {"intercept": 1.0, "slope": -0.5, "spread": torch.tensor([0.8, 0.4]), "sigma": 0.7}
 
 
-@dataclass
-class Groups:
-    """Observations of every group, padded to one length.
-
-    Attributes:
-        x: Predictor ``(num_groups, MOST)``.
-        seen: Which entries are observations.
-        y: Outcome.
-        effects: The intercepts and slopes that made them.
-    """
-
-    x: Tensor
-    seen: Tensor
-    y: Tensor
-    effects: Tensor
+def draw_groups(count):
+    """Predictor, mask, and outcome of each group."""
+    effects = torch.tensor([1.0, -0.5]) + truth["spread"] * torch.randn(count, 2)
+    x = torch.randn(count, most)
+    seen = torch.arange(most) < torch.randint(4, most + 1, (count, 1))
+    y = effects[:, :1] + effects[:, 1:] * x + truth["sigma"] * torch.randn(count, most)
+    return x * seen, seen, y * seen
 
 
-def draw_groups(count: int, seed: int) -> Groups:
-    """Groups from the population of ``TRUTH``."""
-    generator = torch.Generator().manual_seed(seed)
-    centre = torch.tensor([TRUTH["intercept"], TRUTH["slope"]])
-    effects = centre + torch.tensor(TRUTH["spread"]) * torch.randn(count, 2, generator=generator)
-    x = torch.randn(count, MOST, generator=generator)
-    noise = TRUTH["sigma"] * torch.randn(count, MOST, generator=generator)
-    sizes = torch.randint(4, MOST + 1, (count, 1), generator=generator)
-    seen = torch.arange(MOST) < sizes
-    y = effects[:, :1] + effects[:, 1:] * x + noise
-    return Groups(x * seen, seen, y * seen, effects)
+groups, new = draw_groups(50), draw_groups(20)
+
+# %% [markdown]
+# ## The model
+# A regression whose intercept and slope vary by group. `batch_size` lets it take a few groups at a
+# time.
 
 
-def model(x: Tensor, seen: Tensor, y: Tensor | None = None, batch_size: int | None = None) -> None:
+# %%
+def model(x, seen, y=None, batch_size=None):
     """Regression with an intercept and a slope for every group."""
     intercept = pyro.sample("intercept", dist.Normal(0.0, 5.0))
     slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
@@ -82,115 +74,88 @@ def model(x: Tensor, seen: Tensor, y: Tensor | None = None, batch_size: int | No
         pyro.sample("y", noise, obs=None if y is None else y[rows])
 
 
-def encoder_rows(x: Tensor, seen: Tensor, y: Tensor, batch_size: int | None = None
-                 ) -> tuple[Tensor, Tensor]:
-    """What the encoder reads of each group: pairs of x and y, and which of them are there."""
+# %% [markdown]
+# ## One encoder for all groups
+# `AutoAmortizedFlow` puts the five population values under one flow and the effects under another,
+# which reads each group's pairs of x and y through a network for sets of any size. Its number of
+# parameters does not grow with the groups, and it trains on 25 of them at a time.
+
+
+# %%
+def encoder_rows(x, seen, y, batch_size=None):
+    """What the encoder reads of each group: pairs, and which of them are there."""
     pairs = torch.stack([x, y], -1)
     return pairs, seen.unsqueeze(-1).expand(pairs.shape)
 
 
-def fit_amortized(groups: Groups, num_steps: int) -> AutoAmortizedFlow:
-    """Train the encoder and both flows, on minibatches of groups."""
-    guide = AutoAmortizedFlow(model, SetEncoder((MOST, 2), (64,), (64,)), inputs=encoder_rows)
-    size = min(25, len(groups.x))
-    guide.setup(groups.x, groups.seen, groups.y, size)
-    optimiser = ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / num_steps)})
-    svi = SVI(model, guide, optimiser, CompiledTrace_ELBO(num_particles=8))
-    for _ in range(num_steps):
-        svi.step(groups.x, groups.seen, groups.y, size)
-    return guide
+start, num_steps = time.perf_counter(), 2000
+guide = AutoAmortizedFlow(model, SetEncoder((most, 2), (64,), (64,)), inputs=encoder_rows)
+guide.setup(*groups, 25)
+svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.01 ** (1 / num_steps)}),
+          CompiledTrace_ELBO(num_particles=8))
+for _ in range(num_steps):
+    svi.step(*groups, 25)
+print(f"{num_steps} steps in {time.perf_counter() - start:.0f} s")
 
+# %% [markdown]
+# ## A posterior of its own for every group
+# The usual fit: 105 latents under one guide.
 
-def exact_effects(population: dict[str, Tensor], groups: Groups) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each group's effects, in closed form given draws of the population."""
-    design = torch.stack([groups.seen, groups.x], -1) * groups.seen.unsqueeze(-1)
-    spread, sigma = population["spread"][:, None], population["sigma"][:, None, None, None]
-    centre = torch.stack([population["intercept"], population["slope"]], -1)[:, None]
-    precision = design.mT @ design / sigma.square() + torch.diag_embed(spread.square().reciprocal())
-    pull = (design.mT @ groups.y.unsqueeze(-1) / sigma.square()).squeeze(-1)
-    covariance = torch.linalg.inv(precision)
-    means = (covariance @ (pull + centre / spread.square()).unsqueeze(-1)).squeeze(-1)
-    within = covariance.diagonal(dim1=-2, dim2=-1).mean(0)
-    return means.mean(0), (within + means.var(0)).sqrt()
+# %%
+start = time.perf_counter()
+posterior = NFVI(model, seed=0).run(*groups)
+print(f"{time.perf_counter() - start:.0f} s; {posterior.summary().verdict}")
 
+# %% [markdown]
+# ## The answer
+# The population first; then the effects of each group by both.
 
-def compare(name: str, draws: Tensor, mean: Tensor, deviation: Tensor) -> float:
-    """Print how far the draws' moments are from these; the mean error in standard deviations."""
-    error = ((draws.mean(0) - mean) / deviation).abs()
-    ratio = draws.std(0) / deviation
-    print(f"{name:<36}{error.mean():10.3f}{error.max():10.3f}{ratio.mean():12.3f}")
-    return error.mean().item()
+# %%
+amortized, usual = guide.sample_posterior(4000, *groups), posterior.resample(4000)
+print(f"{'':12}{'truth':>8}{'amortized':>18}{'usual':>18}")
+for name, value in truth.items():
+    for i, true in enumerate(torch.as_tensor(value).reshape(-1)):
+        both = [draws[name].reshape(4000, -1)[:, i] for draws in (amortized, usual)]
+        print(f"{name:12}{true:8.2f}" + "".join(f"{x.mean():10.3f} ± {x.std():.3f}" for x in both))
 
+ours, own = amortized["effect"], usual["effect"]
+error = ((ours.mean(0) - own.mean(0)) / own.std(0)).abs()
+print(f"\nmeans of the effects differ by {error.mean():.2f} posterior deviations on average, "
+      f"{error.max():.2f} at most; deviations are {(ours.std(0) / own.std(0)).mean():.2f} as large")
 
-def moments(posterior: Posterior) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation of every site, by resampled draws."""
-    return {name: (value.float().mean(0), value.float().std(0))
-            for name, value in posterior.resample(NUM_DRAWS).items()}
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(9, 4.4))
+for i, (ax, name) in enumerate(zip(axes, ("intercept", "slope"), strict=True)):
+    ax.errorbar(own[..., i].mean(0), ours[..., i].mean(0), ours[..., i].std(0), own[..., i].std(0),
+                fmt="o", ms=3, lw=0.5, alpha=0.6)
+    ax.axline((0, 0), slope=1, color="0.5", lw=1, zorder=0)
+    ax.set(xlabel=f"{name}, a posterior of its own", ylabel=f"{name}, amortized")
+figure.savefig(out / "amortized_groups.png")
+plt.close(figure)
 
+# %% [markdown]
+# For groups that neither fit has seen, given draws of the population, the effects have a Gaussian
+# posterior in closed form. The encoder is asked for it without any training:
 
-def picture(guide_draws: dict[str, Tensor], usual: dict[str, tuple[Tensor, Tensor]], path: Path
-            ) -> None:
-    """Draw the means of all effects by one fit against those by the other."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained")
-    for i, (ax, name) in enumerate(zip(axes, ("intercepts", "slopes"), strict=True)):
-        mean, deviation = (part[:, i] for part in usual["effect"])
-        ours = guide_draws["effect"][..., i]
-        ax.errorbar(mean, ours.mean(0), ours.std(0), deviation, fmt=".", lw=0.6, alpha=0.7)
-        ax.axline((float(mean.mean()),) * 2, slope=1, color="0.5", lw=1)
-        ax.set(title=f"Group {name}", xlabel="a posterior of its own", ylabel="amortized")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# %%
+unseen = guide.sample_posterior(4000, *new)["effect"]
+x, seen, y = new
+design = torch.stack([seen, x], -1) * seen.unsqueeze(-1)
+sigma, spread = (amortized[name][:1000] for name in ("sigma", "spread"))
+centre = torch.stack([amortized["intercept"], amortized["slope"]], -1)[:1000, None]
+noise = sigma[:, None, None, None] ** 2
+covariance = torch.linalg.inv(design.mT @ design / noise + torch.diag_embed(spread**-2)[:, None])
+pull = (design.mT @ y.unsqueeze(-1) / noise).squeeze(-1) + centre / spread[:, None] ** 2
+means = (covariance @ pull.unsqueeze(-1)).squeeze(-1)
+deviation = (covariance.diagonal(dim1=-2, dim2=-1).mean(0) + means.var(0)).sqrt()
+error = ((unseen.mean(0) - means.mean(0)) / deviation).abs()
+print(f"new groups: off by {error.mean():.2f} posterior deviations on average, "
+      f"{error.max():.2f} at most")
 
+# %% [markdown]
+# ## What the verdict means here
+# The usual fit has a verdict of its own. For the encoder the question is what sharing costs, and
+# `amortization_gap` answers it: the nats that each group would gain from a posterior of its own.
 
-def run(num_groups: int, num_steps: int, out: Path) -> dict[str, float]:
-    """Fit both ways, compare, and read groups that neither has seen."""
-    groups, new = draw_groups(num_groups, seed=0), draw_groups(20, seed=1)
-    pyro.set_rng_seed(0)
-    start = time.perf_counter()
-    guide = fit_amortized(groups, num_steps)
-    middle = time.perf_counter()
-    posterior = NFVI(model, seed=0).run(groups.x, groups.seen, groups.y)
-    end = time.perf_counter()
-    print(f"amortized   {middle - start:5.1f} s, {num_steps} steps of minibatches\n"
-          f"usual       {end - middle:5.1f} s, {str(posterior.summary()).splitlines()[-1]}\n")
-    draws = guide.sample_posterior(NUM_DRAWS, groups.x, groups.seen, groups.y)
-    usual = moments(posterior)
-    print(f"{'population':<12}{'truth':>14}{'amortized':>22}{'usual':>22}")
-    for name in POPULATION:
-        _population_row(name, draws[name], usual[name])
-    print(f"\n{'difference, in posterior sds':<36}{'mean':>10}{'largest':>10}{'sd ratio':>12}")
-    errors = {"groups": compare("effects, against the usual fit", draws["effect"],
-                                *usual["effect"])}
-    exact = exact_effects({name: draws[name] for name in POPULATION}, new)
-    unseen = guide.sample_posterior(NUM_DRAWS, new.x, new.seen, new.y)["effect"]
-    errors["new"] = compare("effects of 20 new groups, exact", unseen, *exact)
-    print(f"\n{amortization_gap(guide, groups.x, groups.seen, groups.y, num_steps=100, seed=0)}")
-    picture(draws, usual, out / "amortized_groups.png")
-    return errors
-
-
-def _population_row(name: str, draws: Tensor, usual: tuple[Tensor, Tensor]) -> None:
-    truth = torch.as_tensor(TRUTH[name]).reshape(-1)
-    mean, deviation = (part.reshape(-1) for part in usual)
-    ours = draws.reshape(len(draws), -1)
-    for i in range(len(truth)):
-        label = name if len(truth) == 1 else f"{name}[{i}]"
-        print(f"{label:<12}{truth[i]:14.2f}{ours[:, i].mean():15.3f} ± {ours[:, i].std():.3f}"
-              f"{mean[i]:15.3f} ± {deviation[i]:.3f}")
-
-
-def main() -> None:
-    """Compare the two fits."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the picture goes")
-    parser.add_argument("--num-groups", type=int, default=100)
-    parser.add_argument("--num-steps", type=int, default=4000)
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    run(options.num_groups, options.num_steps, options.out)
-    print(f"Picture in {options.out}/")
-
-
-if __name__ == "__main__":
-    main()
+# %%
+print(amortization_gap(guide, *groups, num_steps=100, seed=0))
