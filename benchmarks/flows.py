@@ -4,7 +4,9 @@ One row times ``z, log q(z)`` for a batch of fresh noise (forward) and the gradi
 both in all parameters (backward). Rounds of all libraries are interleaved in one process, and
 the median over rounds is shown, so that a busy machine slows every column alike.
 
-    python benchmarks/flows.py [--threads 1] [--rounds 30] [--output results.md]
+    python benchmarks/flows.py [--threads 1] [--rounds 30] [--only "IAF x2"]
+
+Libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -16,14 +18,18 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 
-import normflows
 import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import torch
-import zuko
+from tables import installed
 from torch import Tensor, nn
 
 from pyro_nfvi.flows import Flow, iaf, nsf, planar
+
+if installed("normflows"):
+    import normflows
+if installed("zuko"):
+    import zuko
 
 BINS = 8
 Sampler = Callable[[int], tuple[Tensor, Tensor]]
@@ -102,6 +108,8 @@ def normflows_nsf(dim: int) -> list:
         for k in range(4)]
 
 
+PACKAGES = {"pyro_nfvi": "pyro-nfvi", "pyro": "pyro-ppl", "zuko": "zuko", "normflows": "normflows"}
+LIBRARIES = [name for name, package in PACKAGES.items() if installed(package)]
 FLOWS: dict[str, dict[str, Callable[[int], tuple[nn.Module, Sampler]]]] = {
     "planar x8": {
         "pyro_nfvi": partial(ours, partial(planar, num_layers=8)),
@@ -137,7 +145,7 @@ def step(module: nn.Module, sample: Sampler, batch: int) -> tuple[float, float]:
 def row(twins: dict[str, Callable], dim: int, batch: int, rounds: int
         ) -> dict[str, tuple[float, float]]:
     """Median microseconds forward and backward of every library, rounds interleaved."""
-    built = {name: make(dim) for name, make in twins.items()}
+    built = {name: make(dim) for name, make in twins.items() if name in LIBRARIES}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in built}
     for k in range(rounds + 3):
         for name, (module, sample) in built.items():
@@ -162,7 +170,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    names = ["pyro_nfvi", "pyro", "zuko", "normflows"]
+    names = list(LIBRARIES)
     print(f"Microseconds forward + backward = total; torch {torch.__version__}, "
           f"{options.threads} thread(s), float32, median of {2 * options.rounds}.\n")
     print("| flow | D | batch | " + " | ".join(names) + " | fastest peer / ours |")

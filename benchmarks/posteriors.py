@@ -31,6 +31,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from tables import number, table
+
 RESULTS = Path(__file__).with_name("results")
 OURS = ["nfvi", "AutoPlanar", "AutoRadial", "AutoIAF", "AutoSpline"]
 GUIDES = ["Pyro AutoNormal", "Pyro AutoMultivariateNormal", "Pyro AutoIAFNormal",
@@ -314,27 +316,6 @@ def median(rows: list[Row], column: str) -> float:
 
 
 # ---------------------------------------------------------------------- tables
-
-
-def number(x: float | None) -> str:
-    """Two digits or so."""
-    if x is None or math.isnan(x):
-        return "-"
-    if math.isinf(x):
-        return "inf" if x > 0 else "-inf"
-    if abs(x) >= 1e5:
-        return f"{x:.1e}"
-    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
-
-
-def table(head: list[str], rows: Iterable[list[Any]]) -> str:
-    """A markdown table; numbers are rounded."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for cells in rows:
-        shown = [cell if isinstance(cell, str) else str(cell) if isinstance(cell, int) else
-                 number(cell) for cell in cells]
-        lines.append("| " + " | ".join(shown) + " |")
-    return "\n".join(lines)
 
 
 def by_name(rows: Iterable[Row]) -> dict[str, list[Row]]:
