@@ -32,7 +32,7 @@ from pyro_nfvi.guides.guide_draws import guide_name
 from pyro_nfvi.guides.prototype import check_prototype, compare_site, quiet_trace
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint, importance_sample
 from pyro_nfvi.inference.chains import Chains
-from pyro_nfvi.inference.checks import check_data, check_sites
+from pyro_nfvi.inference.checks import check_arguments, check_data, check_sites
 from pyro_nfvi.inference.importance import NUM_SAMPLES
 from pyro_nfvi.inference.log_joint import default_dtype
 from pyro_nfvi.inference.metropolis import metropolis
@@ -110,6 +110,7 @@ class Posterior:
             True
         """
         _check_functions(model, guide)
+        check_arguments("Posterior.of", model, args, kwargs)
         layout = _layout(model, guide, args, kwargs)
         log_joint = LogJoint(model, args, kwargs, layout)
         posterior = cls(guide, log_joint, History())

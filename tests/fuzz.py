@@ -848,7 +848,7 @@ def owners() -> frozenset[str]:
     names = set()
     for module in pkgutil.walk_packages(pyro_nfvi.__path__, "pyro_nfvi."):
         for name, value in vars(import_module(module.name)).items():
-            if getattr(value, "__module__", "").startswith("pyro_nfvi") and callable(value):
+            if (getattr(value, "__module__", "") or "").startswith("pyro_nfvi") and callable(value):
                 names |= {name, *(vars(value) if inspect.isclass(value) else ())}
     return frozenset(names)
 

@@ -179,7 +179,8 @@ def test_a_value_may_be_a_number_of_any_kind(posterior):
         assert torch.allclose(posterior.log_prob({"mu": value}).float(), known)
 
 
-@pytest.mark.parametrize("quantiles", [None, "ab", ("a", "b"), object()], ids=str)
+@pytest.mark.parametrize("quantiles", [None, "ab", ("a", "b"), object()],
+                         ids=["nothing", "text", "texts", "an object"])
 def test_quantiles_that_are_no_numbers_are_named(posterior, quantiles):
     with pytest.raises(ValueError, match="AutoIAF expected `quantiles` to be numbers"):
         posterior.guide.quantiles(quantiles)
@@ -235,7 +236,8 @@ def test_a_flag_that_is_neither_true_nor_false_is_named(posterior, flag):
         fit_density(nsf(2), samples=torch.randn(50, 2), progress=flag)
 
 
-@pytest.mark.parametrize("losses", [3, "abc", [None], object()], ids=str)
+@pytest.mark.parametrize("losses", [3, "abc", [None], object()],
+                         ids=["a number", "text", "nothing", "an object"])
 def test_losses_that_are_no_numbers_are_named(posterior, losses):
     with pytest.raises(ValueError, match="Posterior.diagnose expected `losses` to be numbers"):
         posterior.diagnose(losses=losses, progress=False)

@@ -727,7 +727,7 @@ def test_a_newer_file_asks_for_a_newer_library(good, tmp_path):
     path = tmp_path / "fit.pt"
     good.save(path)
     torch.save({**torch.load(path, weights_only=True), "version": 99}, path)
-    with pytest.raises(ValueError, match="up to version 2, got version 99: update pyro_nfvi"):
+    with pytest.raises(ValueError, match="up to version 3, got version 99: update pyro_nfvi"):
         Posterior.load(path, conjugate)
 
 

@@ -117,8 +117,8 @@ def few(copies):
     return [2, -2] if len(copies) > 6 else [2]
 
 
-@pytest.mark.parametrize("kind", ["auto", "parameter", pytest.param("rollbacks", marks=pytest.mark.slow),
-                                  "data-loader"])
+@pytest.mark.parametrize("kind", ["auto", "parameter", "data-loader", pytest.param(
+    "rollbacks", marks=pytest.mark.slow)])
 def test_a_fit_goes_on_bit_for_bit_from_some_checkpoints(monkeypatch, tmp_path, kind):
     plain = goes_on_from_copies(monkeypatch, tmp_path, kind, few, every_steps=7)
     if kind == "rollbacks":
@@ -151,12 +151,12 @@ def test_a_schedule_that_looks_at_the_elbo_goes_on_too(monkeypatch, tmp_path):
     """Its steps are many enough for it to decide when the rate falls."""
     plain = outcome(fit("auto", num_steps=700))
     assert len(plain["history"]["elbo"]) < 1400
-    monkeypatch.setattr(loop, "CHUNK_SECONDS", 1e-4)
+    monkeypatch.setattr(loop.Loop, "_chunk", lambda self, stepper: 30)
     with copied_checkpoints(monkeypatch, tmp_path / "copies") as copies:
         kept = outcome(fit("auto", num_steps=700, checkpoint=checkpoint(tmp_path / "fit", 60)))
         assert differences(plain, kept) == []
         assert len(copies) > 8
-        for copy in copies:
+        for copy in copies[2::5]:
             again = outcome(fit("auto", num_steps=700, checkpoint=checkpoint(copy, 1000)))
             assert differences(plain, again) == []
 

@@ -91,7 +91,7 @@ class Compose(Bijection):
 
 
 def _checked_layers(layers: Sequence[Bijection]) -> list[Bijection]:
-    if not isinstance(layers, Iterable):
+    if not isinstance(layers, Iterable) or isinstance(layers, Tensor):
         raise ValueError("Compose expected `layers` to be a sequence of bijections, got "
                          f"{type_name(layers)}.")
     layers = list(layers)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_nfvi._shapes import check_positive_int
+from pyro_nfvi._shapes import check_flag, check_positive_int
 from pyro_nfvi.flows.transformers import NumericallyInverted, soft_clamp
 
 MIN_SLOPE = 1e-3  # smallest derivative before the output scale
@@ -62,7 +62,7 @@ class DeepSigmoid(NumericallyInverted):
     def __init__(self, num_units: int = 8, num_layers: int = 1, dense: bool = False) -> None:
         self.num_units = check_positive_int("DeepSigmoid", "num_units", num_units)
         self.num_layers = check_positive_int("DeepSigmoid", "num_layers", num_layers)
-        self.dense = bool(dense)
+        self.dense = check_flag("DeepSigmoid", "dense", dense)
         self._start = torch.cat([part.flatten() for k in range(self.num_layers)
                                  for part in self._layer_start(k)])
         self.params_per_dim = len(self._start) + 2

@@ -15,6 +15,7 @@ from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.engine.compiled import Compiled, try_record
 from pyro_nfvi.engine.record import NotRecordable, is_recording
 from pyro_nfvi.guides.layout import LatentLayout
+from pyro_nfvi.inference.checks import check_data
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.scaling import GivenRows, check_scaling
@@ -75,6 +76,7 @@ class AllData(LogJoint):
         self.model, self.num_rows = GivenRows(plate.name)(model), plate.full_size
         self._compiled: dict[tuple, Compiled] = {}
         self._width: float | None = None  # numbers made for a row and a point, at most
+        self._checked = False  # whether all rows have been looked at
         self.whole = not self._follows(plate)  # whether rows come all at once only
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -108,8 +110,19 @@ class AllData(LogJoint):
             evaluate = self._compiled_for(chunks[0], batch, gradient, num_calls) \
                 if num_calls > FEW_CALLS and len(batch[0]) == num_rows else self._plainly(gradient)
             values = torch.cat([evaluate(points, batch) for points in chunks])[:len(z)]
+            if not self._checked:
+                self._check(batch, z[0], values)
             result.add_(values, alpha=len(batch[0]) / self.num_rows)
+        self._checked = True
         return result
+
+    def _check(self, batch: Sequence[Tensor], point: Tensor, values: Tensor) -> None:
+        """Refuse rows that no step of a fit may have seen, and none should."""
+        one = self.of_batch(batch)
+        check_data("NFVI", one, point)
+        if values[:, 0].isnan().all():
+            raise ValueError("NFVI expected rows of `loader` to have a log density, got NaN at "
+                             f"site {one.first_bad_site(point)}. Look for NaN in the data.")
 
     def _passed(self, batch_size: int) -> Iterator[list[Tensor]]:
         """All rows once, with a progress bar, and counted."""

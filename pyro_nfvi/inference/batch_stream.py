@@ -108,24 +108,24 @@ class BatchStream:
         self.supplied = (self.row, [rows[:0] for rows in self.pending])
 
     def some(self, num_rows: int) -> list[Tensor]:
-        """Rows at random if the loader's dataset can be asked for them, else the first."""
-        seed, parts = mixed_seed(self.seed, 0), list[list[Tensor]]()
+        """Rows at random; of a loader with an order of its own, by reading all."""
+        seed = mixed_seed(self.seed, 0)
         order = torch.Generator().manual_seed(seed)
-        for batch in self._beside(seed, lambda rows: RandomSampler(rows, generator=order)):
-            parts.append(batch)
-            if sum(len(part[0]) for part in parts) >= num_rows:
-                break
-        return [torch.cat(rows)[:num_rows] for rows in zip(*parts, strict=True)]
+        batches = self._beside(seed, lambda rows: RandomSampler(rows, generator=order))
+        if not isinstance(_sampler(self.loader), (*ALL_ROWS, SubsetRandomSampler)):
+            return sampled_rows(batches, num_rows, order)
+        return [rows[:num_rows] for rows in next(regrouped(batches, num_rows))]
 
     def all(self, batch_size: int) -> Iterator[list[Tensor]]:
         """All rows once, so many at a time; in their order in the dataset if that is random."""
         return regrouped(self._beside(mixed_seed(self.seed, 1), SequentialSampler), batch_size)
 
     def opening(self) -> list[Tensor] | None:
-        """The first rows of the dataset; None if the loader's order is its own."""
+        """Rows from all over the dataset; None if the loader's order is its own."""
         if not isinstance(_sampler(self.loader), ALL_ROWS):
             return None
-        return next(regrouped(self._beside(0, SequentialSampler), self.batch_size))
+        rows = self._beside(0, lambda dataset: spread(len(dataset), self.batch_size).tolist())
+        return next(regrouped(rows, self.batch_size))
 
     def _beside(self, seed: int, order: Callable[[Any], Any]) -> Iterator[list[Tensor]]:
         """One epoch beside the stream: random states, workers and order are its own."""
@@ -320,6 +320,35 @@ def regrouped(batches: Iterable[list[Tensor]], batch_size: int) -> Iterator[list
             held, count = [rest], len(rest[0])
     if count:
         yield [torch.cat(rows) for rows in zip(*held, strict=True)]
+
+
+def spread(num_rows: int, count: int) -> Tensor:
+    """So many row numbers, from the first to the last."""
+    return torch.linspace(0, num_rows - 1, min(count, num_rows), dtype=torch.float64).long()
+
+
+def sampled_rows(batches: Iterable[list[Tensor]], num_rows: int, random: torch.Generator
+                 ) -> list[Tensor]:
+    """So many of all rows, each as likely as another: those of the smallest random keys.
+
+    References:
+        Vitter (1985), Random sampling with a reservoir.
+    """
+    held: list[list[Tensor]] = []  # batches, with a key for each row
+    count = 0
+    for batch in batches:
+        held.append([*batch, torch.rand(len(batch[0]), generator=random, dtype=torch.float64)])
+        count += len(batch[0])
+        if count > 2 * num_rows:
+            held = [_smallest(held, num_rows)]
+            count = num_rows
+    return _smallest(held, num_rows)[:-1]
+
+
+def _smallest(held: list[list[Tensor]], num_rows: int) -> list[Tensor]:
+    joined = [torch.cat(rows) for rows in zip(*held, strict=True)]
+    chosen = joined[-1].argsort()[:num_rows]
+    return [rows[chosen.to(rows.device)] for rows in joined]
 
 
 def share_of(batch_size: int, size: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,6 +18,23 @@ from pyro_nfvi.guides import LatentLayout
 from pyro_nfvi.inference.log_joint import LogJoint, is_data
 
 NUM_CALLS = 3  # of the model, to see whether it changes
+
+
+def check_arguments(owner: str, model: Callable, args: tuple, kwargs: dict) -> None:
+    """Refuse arguments that a model does not take, as far as it says what it takes.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{owner} expected the arguments of the model, {signature}: "
+                         f"{error}.") from None
 
 
 def check_sites(owner: str, log_joint: LogJoint) -> None:

@@ -148,7 +148,7 @@ def _elsewhere(score: Score, places: Sequence[Flow]) -> list[PathGaussian]:
     A narrow mode is a peak that no path from afar leads to.
     """
     zeros = places[0].base.zeros
-    count = int(min(SEARCH_BUDGET / score.work, MAX_SEARCH)) // len(CLOUDS)
+    count = int(min(SEARCH_BUDGET / score.value_work, MAX_SEARCH)) // len(CLOUDS)
     starts = []
     for deviation in CLOUDS:
         z = deviation * torch.randn(max(count, NUM_SEARCHED), len(zeros)).to(zeros)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_nfvi.inference.array_loader import ArrayLoader, mixed_seed
-from pyro_nfvi.inference.batch_stream import BatchStream, share_of
+from pyro_nfvi.inference.batch_stream import BatchStream, share_of, spread
 
 BLOCK_BYTES = 2 ** 26  # of minibatches gathered at once
 READ_SECONDS = 0.3  # between two looks at the outside, for a loader that is slow
@@ -51,7 +51,7 @@ class Stream(Protocol):
         """All rows once, the last batch perhaps smaller; no other order is disturbed."""
 
     def opening(self) -> list[Tensor] | None:
-        """The first rows, the same in each fit; None if the loader has an order of its own."""
+        """A batch of set rows from all over; None if the loader has an order of its own."""
 
 
 class LoaderFeed:
@@ -167,7 +167,7 @@ class LoaderFeed:
             yield self._moved(batch)
 
     def opening(self) -> list[Tensor] | None:
-        """The first rows, the same in each fit; None if the loader has an order of its own."""
+        """A batch of set rows from all over; None if the loader has an order of its own."""
         rows = self._stream.opening()
         return None if rows is None else self._moved(rows)
 
@@ -258,8 +258,9 @@ class ArrayStream:
             yield [self.convert(rows) for rows in self.loader.between(start, stop)]
 
     def opening(self) -> list[Tensor]:
-        """The first rows as they are stored."""
-        return next(self.all(self.batch_size))
+        """Rows from all over the arrays."""
+        rows = self.loader.gather(spread(self.loader.num_rows, self.batch_size))
+        return [self.convert(values) for values in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle gathers for itself."""

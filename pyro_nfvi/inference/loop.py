@@ -282,7 +282,7 @@ class Loop:
 
     def _steps(self, stepper: Stepper) -> None:
         """So many steps as fit between two looks at the outside."""
-        count = int(self.team.agree([self._chunk(stepper)])[0])
+        count = -int(self.team.agree([-self._chunk(stepper)])[0])  # the fewest of all
         rates = [self.cut * self.lr * rate for rate in
                  self.schedule.rates(len(self.history.elbo), count)]
         fed = () if self.feed is None else self.feed.take(len(rates))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference.all_data import AllData
-from pyro_nfvi.inference.checks import check_data, check_sites
+from pyro_nfvi.inference.checks import check_arguments, check_data, check_sites
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint, default_dtype, first_bad
 from pyro_nfvi.inference.team import Team
 
 START_ROWS = 20_000  # of a loader, that the Gaussians are fitted to
+ABOUT_PLATES = "Shape mismatch inside plate", "subsample_size does not match", "index "
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Setup:
         Raises:
             ValueError: If the guide cannot handle the model, or its data are no numbers.
         """
+        if loader is None:
+            check_arguments("NFVI", self.model, args, kwargs)
         guide, fresh = self.guide, self.guide.untouched
         if self.dtype is not None or not self._on_cpu(args, kwargs):
             return self._in_type(fresh, args, kwargs, loader, self.dtype)
@@ -116,12 +119,14 @@ class Setup:
     def _of_minibatches(self, fresh: bool, args: tuple, kwargs: dict, feed: LoaderFeed,
                         dtype: torch.dtype | None) -> Problem:
         batch = feed.arguments(args, kwargs)
-        self._set_up_guide(*batch, dtype)
+        with _blaming_plates(feed.num_own):
+            self._set_up_guide(*batch, dtype)
         layout = self.guide.layout
         all_data = AllData(self.model, args, kwargs, layout, feed, dtype, self.progress)
         log_joint = self._checked(all_data.model, *batch, dtype)
         some = feed.arguments(args, kwargs, feed.first(START_ROWS))
         start = LogJoint(all_data.model, *some, layout, dtype)
+        check_data("NFVI", start, self.guide._init_loc())
         for same in (all_data, start):
             same.batched, same.reason = log_joint.batched, log_joint.reason
         return Problem(self.guide, fresh, log_joint, feed, all_data, start)
@@ -151,6 +156,20 @@ class Setup:
             return value.to(dtype=dtype if value.is_floating_point() else None,
                             device=self.device)
         return tree_map(convert, values)
+
+
+@contextmanager
+def _blaming_plates(num_rows: int) -> Iterator[None]:
+    """Say how a plate of minibatches is written, if that of a model does not fit the batch."""
+    try:
+        yield
+    except (ValueError, IndexError) as error:
+        if not str(error).startswith(ABOUT_PLATES):
+            raise
+        message = str(error).splitlines()[0].rstrip(".?")
+        raise ValueError(f"NFVI expected the model to take a batch of {num_rows} rows, got an "
+                         f"error: {message}. Write: with pyro.plate('data', num_rows, "
+                         "subsample_size=len(x)):, and take the batch as it is.") from error
 
 
 def _blame(guide: AutoFlow, args: tuple, kwargs: dict, error: ValueError) -> None:

@@ -71,6 +71,11 @@ class Score:
                 self._work = compiled.recording.num_computed / count
         return UNKNOWN_WORK if self._work is None else harder * self._work
 
+    @property
+    def value_work(self) -> float:
+        """The same for a value: far more where the model runs for one point after the other."""
+        return self.work * (FAILURE_WORK if getattr(self.log_joint, "reason", "") else 1.0)
+
     def snapshot(self) -> list[Any]:
         """What later decisions depend on, as a file holds it."""
         _ = self.work

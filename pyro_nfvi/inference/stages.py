@@ -121,7 +121,8 @@ class Stages:
     def __init__(self, problem: Problem, options: Options, team: Team | None = None,
                  kept: Kept | None = None) -> None:
         self.guide, self.log_joint, self.options = problem.guide, problem.log_joint, options
-        self.score = Score(problem.log_joint if problem.start is None else problem.start)
+        self.start = problem.log_joint if problem.start is None else problem.start
+        self.score = Score(self.start)
         self.feed, self.all_data, self.kept = problem.feed, problem.all_data, kept
         self.team: Team = Alone() if team is None else team
         self.history, self.stage = History(), 0
@@ -244,13 +245,13 @@ class Stages:
 
     def _find_gaussian(self) -> bool:
         with tqdm(total=3, desc="NFVI Gaussian", disable=not self.options.progress) as bar:
-            check_start_memory(self.guide._flow(), self.score.log_joint)
+            check_start_memory(self.guide._flow(), self.start)
             points = starting_points(self.log_joint, self.guide._init_loc())
             start = self._checked(gaussian_start(self.score, points))
             bar.update()
             flow = self._mixture(start)
             if self.all_data is not None:
-                flow = centred(flow, self.all_data)
+                flow = centred(flow, self.all_data, self.score)
             self._install(flow)
             self.history.stages.append(Stage("Gaussian", gradients=self.score.evaluations))
             bar.update()
@@ -261,7 +262,7 @@ class Stages:
     def _checked(self, start: GaussianStart | None) -> GaussianStart:
         """Refuse a log joint that is finite nowhere, or whose scale has no end."""
         if start is None:
-            site = self.score.log_joint.first_bad_site(self.guide._init_loc())
+            site = self.start.first_bad_site(self.guide._init_loc())
             raise ValueError(f"NFVI: the log joint is not finite at any of {NUM_STARTS} starts; "
                              f"first bad site {site}. Start elsewhere: AutoFlow(model, "
                              "init_loc_fn=..., init_scale=...).")

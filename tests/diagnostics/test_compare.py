@@ -17,7 +17,6 @@ from pyro_nfvi import NFVI, AutoFlow, AutoGaussian, AutoPlanar, Posterior, compa
 from pyro_nfvi.flows import Triangular
 from pyro_nfvi.inference import History, LogJoint
 from pyro_nfvi.inference.log_joint import default_dtype
-from pyro_nfvi.storage import _history
 
 DOUBLE = torch.float64
 Y = torch.tensor([0.3, 1.2, -0.4, 2.0, 0.9])
@@ -236,7 +235,7 @@ def test_the_seconds_of_a_fit_come_back_from_a_file(tmp_path):
 def test_an_older_file_has_no_seconds():
     content = asdict(History([1.0], seconds=3.0))
     del content["seconds"]
-    assert _history(content).seconds == 0.0
+    assert History.of(content).seconds == 0.0
 
 
 def test_the_training_of_a_vae_has_seconds():

@@ -400,7 +400,7 @@ class Once:
     (lambda: [(X, ROWS), X], r"got \(num_rows, 2\) of torch.float32 in batch 2 of epoch 1 after"),
     (lambda: [X, X[:, :1]], r"got \(num_rows, 1\) of torch.float32 in batch 2 of epoch 1"),
     (lambda: [X, X.double()], r"got \(num_rows, 2\) of torch.float64 in batch 2"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_loader_that_will_not_do_is_refused_in_a_sentence(make, words):
     with pytest.raises(ValueError, match=words) as caught:
         feed_of(make()).take(50)
