@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import torch
 
-from pyro_nfvi._shapes import type_name
+from pyro_nfvi._shapes import check_file_name, type_name
 
 START, END = b"PK\3\4", b"PK\5\6"  # of an archive, and of its last record
 END_SIZE = 22  # bytes of the last record, whose last two say how long the comment is
@@ -58,7 +58,8 @@ def check_path(owner: str, path: Any) -> Path:
     Raises:
         ValueError: If it cannot.
     """
-    if not isinstance(path, (str, PathLike)) or not str(path):
+    check_file_name(owner, path)
+    if not str(path):
         raise ValueError(f"{owner} expected `path` to be the path of a file, got {path!r}.")
     path = Path(path)
     if path.is_dir():

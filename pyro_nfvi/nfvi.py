@@ -29,7 +29,7 @@ from pyro_nfvi.flows import auto
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, Checkpoint, History
 from pyro_nfvi.inference.checkpoint import CheckpointStore
-from pyro_nfvi.inference.distributed import DistributedTeam, LostProcess
+from pyro_nfvi.inference.distributed import DistributedTeam, LostProcess, check_distributed
 from pyro_nfvi.inference.kept import Kept, described, identity, way_on
 from pyro_nfvi.inference.log_joint import default_dtype
 from pyro_nfvi.inference.problem import Problem, Setup
@@ -114,7 +114,7 @@ class NFVI:
         self.device, self.compile = _checked_device(device), check_tier("NFVI", compile)
         self.progress = check_flag("NFVI", "progress", progress)
         self.checkpoint = Checkpoint.of("NFVI", checkpoint)
-        self.distributed = _checked_distributed(distributed)
+        self.distributed = check_distributed("NFVI", distributed)
 
     def run(self, *args: Any, loader: Iterable | None = None, **kwargs: Any) -> Posterior:
         """Fit the model to these arguments.
@@ -280,9 +280,3 @@ def _checked_device(device: Any) -> torch.device | None:
         raise ValueError(f"NFVI expected `device` to be a torch.device such as 'cuda', got "
                          f"{device!r}.")
     return found
-
-
-def _checked_distributed(distributed: Any) -> str | None:
-    if distributed is not None and not (isinstance(distributed, str) and distributed == "auto"):
-        raise ValueError(f"NFVI expected `distributed` to be None or 'auto', got {distributed!r}.")
-    return distributed

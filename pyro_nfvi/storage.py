@@ -35,13 +35,11 @@ def write(path: str | PathLike, guide: AutoFlow, log_joint: LogJoint, history: H
         ValueError: If an argument of the model is of a kind that a file cannot hold.
     """
     origin = guide._flow().base.zeros
-    rows = log_joint.num_rows if isinstance(log_joint, AllData) else None
-    args, kwargs = log_joint.given if isinstance(log_joint, AllData) else \
-        (log_joint.args, log_joint.kwargs)
+    _, args, kwargs = log_joint.given
     content = {
         "format": FORMAT, "version": VERSION,
         "guide": _guide_config(guide), **flow_state(guide),
-        "args": _encoded(args), "kwargs": _encoded(kwargs), "num_rows": rows,
+        "args": _encoded(args), "kwargs": _encoded(kwargs), "num_rows": log_joint.num_rows,
         "dtype": log_joint.dtype, "history": asdict(history),
         "model_params": {k: v.detach() for k, v in log_joint.parameters(origin).items()}}
     write_file(path, content)
@@ -55,20 +53,15 @@ def read(path: str | PathLike, model: Callable, guide: AutoFlow | None,
         ValueError: If the file is damaged, foreign or newer, or the guide or the loader does not
             fit it.
     """
-    if guide is not None and not isinstance(guide, AutoFlow):
-        raise ValueError(f"Posterior.load expected `guide` to be an AutoFlow such as AutoIAF(model)"
-                         f", got {guide!r}.")
     content = read_file(path, "Posterior", FORMAT, VERSION, PARTS)
     args, kwargs = tuple(_decoded(content["args"])), _decoded(content["kwargs"])
     guide = _built_guide(content["guide"], model) if guide is None else guide
     feed = _feed(content, loader)
+    batch = (args, kwargs) if feed is None else feed.arguments(args, kwargs)
     with default_dtype(content["dtype"]):
-        if feed is None:
-            guide.setup(*args, **kwargs)
-            log_joint = LogJoint(model, args, kwargs, guide.layout, content["dtype"])
-        else:
-            guide.setup(*feed.arguments(args, kwargs)[0], **feed.arguments(args, kwargs)[1])
-            log_joint = AllData(model, args, kwargs, guide.layout, feed, content["dtype"])
+        guide.setup(*batch[0], **batch[1])
+        log_joint = LogJoint(model, args, kwargs, guide.layout, content["dtype"]) \
+            if feed is None else AllData(model, args, kwargs, guide.layout, feed, content["dtype"])
     _load_state(guide, content, path)
     z = guide._flow().rsample_and_log_prob((2,))[0].detach()
     log_joint.try_batched(z)

@@ -71,8 +71,9 @@ class Refit:
 class _Run:
     """Calls ``run`` of a copy of NFVI, or the like, with another model.
 
-    It has no seed, as draws of one seed would be the same noise each time, no progress bar, and
-    no other processes to share the fit with, as these may be at another simulation.
+    It has no seed, as draws of one seed would be the same noise each time, no progress bar, no
+    checkpoints, as those of another simulation are of another fit, and no other processes to share
+    the fit with, as these may be at another simulation.
 
     Args:
         fit: The object, which stays as it is.
@@ -86,7 +87,8 @@ class _Run:
     def __call__(self, model: SimulatedModel, *args: Any, **kwargs: Any) -> Any:
         fit = copy.copy(self.fit)
         fit.model = model
-        for name, value in (("seed", None), ("progress", False), ("distributed", None)):
+        for name, value in (("seed", None), ("progress", False), ("checkpoint", None),
+                            ("distributed", None)):
             if hasattr(fit, name):
                 setattr(fit, name, value)
         if self.guide_model is not None:

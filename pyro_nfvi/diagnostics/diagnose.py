@@ -21,7 +21,6 @@ from pyro_nfvi.diagnostics.site_weights import SiteWeights, site_weights
 from pyro_nfvi.flows import Flow
 from pyro_nfvi.guides import GuideDraws
 from pyro_nfvi.inference import History, ImportanceSample, LogJoint
-from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.drift import drift
 from pyro_nfvi.inference.initialization import gaussian_start, starting_points
 from pyro_nfvi.inference.parallel import (
@@ -81,7 +80,7 @@ class Fit:
         usable = self.sample.finite & z.isfinite().all(-1)
         if usable.sum() < 2 * z.shape[-1] + 2:
             return "too few draws have a finite log joint"
-        if isinstance(self.log_joint, AllData):
+        if self.log_joint.num_rows is not None:
             return ROWS
         if self.log_joint.subsamples(z[usable][0]):
             return MINIBATCHES

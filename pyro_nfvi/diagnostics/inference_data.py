@@ -16,7 +16,6 @@ from pyro_nfvi import _arviz
 from pyro_nfvi._shapes import type_name
 from pyro_nfvi.guides.layout import plate_names
 from pyro_nfvi.inference import LogJoint
-from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.log_joint import is_data, is_deterministic
 from pyro_nfvi.inference.predictive import (
     PriorError,
@@ -209,9 +208,7 @@ def _constants(log_joint: LogJoint, observed: Sequence[Tensor]) -> Arrays:
 
 def _arguments(log_joint: LogJoint) -> dict[str, Any]:
     """The model's arguments by name, those of ``*args`` and ``**kwargs`` one by one."""
-    model, (args, kwargs) = log_joint.model, (log_joint.args, log_joint.kwargs)
-    if isinstance(log_joint, AllData):  # without a batch
-        model, (args, kwargs) = log_joint.given_model, log_joint.given
+    model, args, kwargs = log_joint.given
     try:
         signature = inspect.signature(model.forward if isinstance(model, Module) else model)
         bound = signature.bind_partial(*args, **kwargs).arguments

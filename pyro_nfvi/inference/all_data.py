@@ -19,7 +19,7 @@ from pyro_nfvi.inference.checks import check_data
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.scaling import GivenRows, check_scaling
-from pyro_nfvi.inference.score import _value_and_gradient
+from pyro_nfvi.inference.score import value_and_gradient
 
 MOST_POINTS = 256  # scored at once
 MOST_NUMBERS = 2 ** 22  # in the largest tensor that is made at once
@@ -64,12 +64,13 @@ class AllData(LogJoint):
     """
 
     all_at_once = True
+    num_rows: int
 
     def __init__(self, model: Callable, args: tuple, kwargs: dict, layout: LatentLayout,
                  feed: LoaderFeed, dtype: torch.dtype | None = None, progress: bool = False
                  ) -> None:
         self.feed, self.progress = feed, progress
-        self.given_model, self.given = model, (args, kwargs)
+        self._given = model, args, kwargs
         self.example = [rows.clone() for rows in next(feed.passes())]
         super().__init__(model, *feed.arguments(args, kwargs, self.example), layout, dtype)
         plate = check_scaling(self, len(self.example[0]), feed.num_rows)
@@ -78,6 +79,11 @@ class AllData(LogJoint):
         self._width: float | None = None  # numbers made for a row and a point, at most
         self._checked = False  # whether all rows have been looked at
         self.whole = not self._follows(plate)  # whether rows come all at once only
+
+    @property
+    def given(self) -> tuple[Callable, tuple, dict]:
+        """The user's model and arguments, without those of a minibatch."""
+        return self._given
 
     def __call__(self, z: Tensor) -> Tensor:
         """Log joint density of every particle."""
@@ -164,7 +170,7 @@ class AllData(LogJoint):
 
     def of_batch(self, batch: Sequence[Tensor]) -> LogJoint:
         """The log joint that a batch stands for."""
-        one = LogJoint(self.model, *self.feed.arguments(*self.given, batch), self.layout,
+        one = LogJoint(self.model, *self.feed.arguments(*self._given[1:], batch), self.layout,
                        self.dtype)
         one.batched, one.reason = self.batched, self.reason
         return one
@@ -229,5 +235,5 @@ def _columns(log_joint: LogJoint, points: Tensor, gradient: bool) -> list[Tensor
         with torch.no_grad():
             log_p = log_joint(points)
         return [log_p.sum(), log_p.unsqueeze(-1)]
-    log_p, score = _value_and_gradient(log_joint, points)
+    log_p, score = value_and_gradient(log_joint, points)
     return [log_p.sum(), torch.cat([log_p.unsqueeze(-1), score], -1)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pyro_nfvi._shapes import type_name
-from pyro_nfvi.inference.signals import _outer, deferred_signals
+from pyro_nfvi.inference.signals import deferred_signals, outer_signals
 
 LIMIT = 300.0  # seconds without an answer after which a process counts as lost
 BEAT = 0.5  # seconds between two signs of life of the process for which the others wait
@@ -83,12 +83,8 @@ class DistributedTeam:
             ValueError: If ``distributed`` is anything else, half of torchrun's environment is
                 missing, or the script has chosen a backend that has no CPU tensors.
         """
-        if distributed is None:
+        if check_distributed(owner, distributed) is None:
             return None
-        if not isinstance(distributed, str) or distributed != "auto":
-            raise ValueError(f"{owner} expected `distributed` to be None or 'auto', got "
-                             f"{distributed!r}. Several processes share a fit by 'auto' and "
-                             "torchrun --nproc-per-node=4 script.py.")
         if not dist.is_available():
             return None
         if not dist.is_initialized():
@@ -188,7 +184,7 @@ class DistributedTeam:
         Args:
             function: What to call; its result is shared as by :meth:`share`.
         """
-        fresh = _outer() is None  # else it is for others to hear the signals
+        fresh = outer_signals() is None  # else it is for others to hear the signals
         outcome = self._work(function) if self.leads else _Outcome()
         with deferred_signals() as signals:
             if self.leads:
@@ -365,6 +361,19 @@ def _portable(error: BaseException) -> tuple[str, tuple]:
 
 
 # ---------------------------------------------------------------------- torchrun
+
+def check_distributed(owner: str, distributed: Any) -> str | None:
+    """Return ``distributed`` if it is None or ``"auto"``.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if distributed is not None and not (isinstance(distributed, str) and distributed == "auto"):
+        raise ValueError(f"{owner} expected `distributed` to be None or 'auto', got "
+                         f"{distributed!r}. Several processes share a fit by 'auto' and "
+                         "torchrun --nproc-per-node=4 script.py.")
+    return distributed
+
 
 def _launched(owner: str) -> int:
     """How many processes torchrun, or who speaks as it does, has started."""

@@ -75,6 +75,33 @@ class Kept:
                                  "remove that one to start anew.")
 
 
+class StageKeeper:
+    """Keeps snapshots of the loop of one stage, with what that stage started from.
+
+    Args:
+        kept: Keeps those of the whole fit.
+        boundary: What the stage started from.
+        before: Number of steps before it.
+        seconds: Tells how long the fit has taken so far.
+    """
+
+    def __init__(self, kept: Kept, boundary: Mapping[str, Any], before: int,
+                 seconds: Callable[[], float]) -> None:
+        self.kept, self.boundary, self.before, self.seconds = kept, boundary, before, seconds
+
+    def due(self, step: int) -> bool:
+        """Whether it is time for a snapshot at this step of the loop."""
+        return self.kept.due(self.before + step)
+
+    def left(self, step: int) -> float:
+        """Number of steps until it is time for a snapshot by their count."""
+        return self.kept.left(self.before + step)
+
+    def keep(self, snapshot: Mapping[str, Any]) -> None:
+        """Keep a snapshot of the loop."""
+        self.kept.keep({**self.boundary, "loop": snapshot, "seconds": self.seconds()})
+
+
 @contextmanager
 def keeping(checkpoint: Checkpoint | None, owner: str, identity: Callable[[], Mapping[str, Any]]
             ) -> Iterator[dict[str, Any]]:

@@ -45,6 +45,7 @@ class LogJoint:
     Attributes:
         batched: Whether one run serves all particles.
         reason: Why not, or an empty string.
+        num_rows: Number of rows, if they come from a loader.
         all_at_once: Whether it is best asked about all latents at once, and takes them part by part
             itself.
 
@@ -60,12 +61,18 @@ class LogJoint:
     """
 
     all_at_once = False
+    num_rows: int | None = None
 
     def __init__(self, model: Callable, args: tuple, kwargs: dict, layout: LatentLayout,
                  dtype: torch.dtype | None = None) -> None:
         self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
         self.dtype = dtype
         self.batched, self.reason = True, ""
+
+    @property
+    def given(self) -> tuple[Callable, tuple, dict]:
+        """The user's model and arguments, without those of a minibatch."""
+        return self.model, self.args, self.kwargs
 
     def __call__(self, z: Tensor) -> Tensor:
         """Log joint density of every particle."""

@@ -269,7 +269,6 @@ class Loop:
                     trusted = self._checked(stepper, trusted)
                 self._show(bar)
                 self._heed(stepper, signals)
-            self._heed(stepper, signals)
 
     def _heed(self, stepper: Stepper, signals: DeferredSignals) -> None:
         """Keep a snapshot if it is time for one, and do what any of the processes is asked for."""

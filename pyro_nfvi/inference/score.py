@@ -132,7 +132,7 @@ class Score:
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Find the points without a value, which get nan; the others keep theirs."""
         def side_by_side(part: Tensor) -> Tensor:
-            log_p, gradient = _value_and_gradient(self.log_joint, part)
+            log_p, gradient = value_and_gradient(self.log_joint, part)
             return torch.cat([log_p.unsqueeze(-1), gradient], -1)
         both = bisected(side_by_side, z, z.new_full((1, 1 + z.shape[-1]), torch.nan))
         return both[:, 0], both[:, 1:]
@@ -153,7 +153,7 @@ class Score:
         live = z.detach().clone()
 
         def function() -> list[Tensor]:
-            log_p, gradient = _value_and_gradient(self.log_joint, live)
+            log_p, gradient = value_and_gradient(self.log_joint, live)
             return [log_p.sum(), gradient, log_p]
         compiled = Compiled(function, [live], "fx")
         return live, compiled, [draw[0] for draw in compiled.draws(1)] \
@@ -172,8 +172,9 @@ def elbo_of(terms: Tensor, dim: int = -1) -> Tensor:
     return mean + (count / terms.shape[dim]).log()
 
 
-def _value_and_gradient(log_joint: Callable[[Tensor], Tensor], live: Tensor
-                        ) -> tuple[Tensor, Tensor]:
+def value_and_gradient(log_joint: Callable[[Tensor], Tensor], live: Tensor
+                       ) -> tuple[Tensor, Tensor]:
+    """Log joint density of every particle, and its gradient."""
     with torch.enable_grad():
         z = live.detach().requires_grad_()
         log_p = log_joint(z)

@@ -86,7 +86,7 @@ def deferred_signals(sigterm: bool = False) -> Iterator[DeferredSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield DeferredSignals()
         return
-    if (outer := _outer()) is not None:
+    if (outer := outer_signals()) is not None:
         yield outer
         return
     deferred = DeferredSignals()
@@ -98,7 +98,7 @@ def deferred_signals(sigterm: bool = False) -> Iterator[DeferredSignals]:
         deferred._put_back()
 
 
-def _outer() -> DeferredSignals | None:
+def outer_signals() -> DeferredSignals | None:
     """The context inside which this one is, if any."""
     owners = [getattr(signal.getsignal(signum), "__self__", None) for signum in SIGNALS]
     return next((owner for owner in owners if isinstance(owner, DeferredSignals)), None)

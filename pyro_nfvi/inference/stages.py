@@ -29,7 +29,7 @@ from pyro_nfvi.inference.initialization import (
     gaussian_start,
     starting_points,
 )
-from pyro_nfvi.inference.kept import Kept
+from pyro_nfvi.inference.kept import Kept, StageKeeper
 from pyro_nfvi.inference.loop import History, Loop, Stage
 from pyro_nfvi.inference.memory import check_start_memory, check_step_memory
 from pyro_nfvi.inference.modes import mixture_of
@@ -202,19 +202,6 @@ class Stages:
             self.feed.restore(snapshot["feed"])
         set_rng_state(snapshot["rng"])
 
-    def due(self, step: int) -> bool:
-        """Whether it is time for a snapshot of the loop at this step."""
-        return self.kept is not None and self.kept.due(len(self.history.elbo) + step)
-
-    def left(self, step: int) -> float:
-        """Number of steps until it is time for a snapshot by their count."""
-        return math.inf if self.kept is None else self.kept.left(len(self.history.elbo) + step)
-
-    def keep(self, snapshot: dict[str, Any]) -> None:
-        """Keep a snapshot of the loop, with what its stage started from."""
-        if self.kept is not None:
-            self.kept.keep({**self.boundary, "loop": snapshot, "seconds": self.seconds})
-
     def _mark(self) -> None:
         """Keep what the next stage starts from, unless it is under way."""
         if self.kept is None:
@@ -222,6 +209,11 @@ class Stages:
         self.boundary = self.snapshot()
         if self.loop is None:
             self.kept.keep(self.boundary)
+
+    def _keeper(self) -> StageKeeper | None:
+        """Keeps snapshots of the loop of the stage that is under way."""
+        return None if self.kept is None else StageKeeper(
+            self.kept, self.boundary, len(self.history.elbo), lambda: self.seconds)
 
     def _led(self, stage: Callable[[], bool]) -> bool:
         """Let one process do it, and take over what came out."""
@@ -384,7 +376,7 @@ class Stages:
         loop = Loop(parameters, estimates, self.log_joint.first_bad_site,
                     _schedule(options.num_steps), options.lr, options.progress, f"NFVI {name}",
                     options.compile, options.deadline, self.feed, self.team,
-                    None if self.kept is None else self, self.loop)
+                    self._keeper(), self.loop)
         self.loop = None
         history = loop.run()
         if not history.elbo and not history.interrupted:

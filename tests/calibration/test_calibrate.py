@@ -506,6 +506,14 @@ def test_nfvi_is_calibrated_and_stays_as_it_was():
     assert run(NFVI(model), num_simulations=2, weighted=True).num_simulations == 2
 
 
+def test_refits_leave_the_checkpoints_alone(tmp_path):
+    class Fit(NFVI):
+        def run(self, y):
+            assert self.checkpoint is None
+            return {"mu": y.mean() + SCALE * torch.randn(1000)}
+    assert not run(Fit(model, checkpoint=tmp_path), num_simulations=3).failures
+
+
 @pytest.mark.slow
 def test_seeds_give_the_same_in_other_processes():
     def local(y):

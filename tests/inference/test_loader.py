@@ -30,7 +30,7 @@ from pyro_nfvi.inference.array_loader import ArrayLoader
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import default_dtype
 from pyro_nfvi.inference.scaling import GivenRows, check_scaling
-from pyro_nfvi.inference.score import Score, _value_and_gradient
+from pyro_nfvi.inference.score import Score, value_and_gradient
 
 DOUBLE = torch.float64
 ROWS = torch.arange(23.0)
@@ -492,7 +492,7 @@ def test_the_mean_gradient_of_minibatches_is_that_of_all_data(make):
     _, expected = Score(log_joint_of(regression, INPUTS, TARGETS))(z)
     log_joint = log_joint_of(GivenRows("data")(regression), *feed.live)
     live = z.clone()
-    compiled = Compiled(lambda: list(_value_and_gradient(log_joint, live)), [live, *feed.live],
+    compiled = Compiled(lambda: list(value_and_gradient(log_joint, live)), [live, *feed.live],
                         "fx")
     assert not compiled.draws(1)  # GivenRows: no permutation of all rows at each step
     gradients = [compiled.program([z, *batch], [])[1][0]
