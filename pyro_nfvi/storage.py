@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from os import PathLike
@@ -86,7 +86,19 @@ def _load_state(guide: AutoFlow, content: dict[str, Any], path: str | PathLike) 
     try:
         load_flow_state(guide, content)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"Posterior.load: the guide does not fit {str(path)!r}: {error}") from None
+        part = _first_difference(guide.state_dict(), content["state"]) or error
+        raise ValueError(f"Posterior.load: the guide does not fit {str(path)!r}: {part}. Leave "
+                         "`guide` out, or build it as the one that was fitted.") from None
+
+
+def _first_difference(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """The first parameter that is in one alone, or of other sizes; else an empty string."""
+    for name in {**saved, **own}:
+        then, now = (list(state[name].shape) if name in state else None for state in (saved, own))
+        if then != now:
+            return f"{name!r} was " + (f"of shape {then}" if then is not None else "not there") + \
+                ", now it is " + (f"of shape {now}" if now is not None else "not")
+    return ""
 
 
 @torch.no_grad()

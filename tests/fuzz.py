@@ -689,7 +689,8 @@ def check_finite(value: Any, what: str, allowed: tuple[str, ...] = ()) -> None:
 
 
 MAY_BE_NAN = ("r_hat", "history", "elbo_se", "seconds", "standard_error", "p_value", "ess_tail",
-              "ess_bulk", "mcse", "observed_data", "constant_data", "figure")
+              "ess_bulk", "mcse", "observed_data", "constant_data", "figure",
+              "compare([posterior, posterior]).elbo")  # of point masses
 
 
 def leaves(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -900,7 +901,8 @@ def _stray(case: Fit | Call, caught: list[warnings.WarningMessage]) -> str:
     return ""
 
 
-KNOWN_WARNINGS: tuple[str, ...] = ()
+KNOWN_WARNINGS = (  # torch's, on a model that takes numbers out of tensors, under any guide
+    "Converting a tensor with requires_grad=True to a scalar",)
 
 
 def _plain_warnings(fit: Fit) -> set[str]:

@@ -19,6 +19,7 @@ from pyro_nfvi.inference import LogJoint
 from pyro_nfvi.inference.log_joint import is_data, is_deterministic
 from pyro_nfvi.inference.predictive import (
     PriorError,
+    data_shape,
     latent_names,
     log_likelihood,
     posterior_predictive,
@@ -98,7 +99,8 @@ class _Converter:
         with log_joint.surroundings():
             nodes = log_joint.trace(self.z[0]).nodes
         latent = latent_names(log_joint)
-        self.nodes = {name: node for name, node in nodes.items() if node["type"] == "sample"
+        self.nodes = {name: _widened(node) for name, node in nodes.items()
+                      if node["type"] == "sample"
                       and (name in latent or is_deterministic(node) or is_data(node))}
         self.observed = [name for name, node in self.nodes.items()
                          if name not in latent and is_data(node)]
@@ -195,6 +197,13 @@ class _Converter:
     def _chains(self, values: Mapping[str, Tensor]) -> Arrays:
         return {name: _arviz.as_array(value).reshape(*self.shape, *value.shape[1:])
                 for name, value in values.items()}
+
+
+def _widened(node: dict[str, Any]) -> dict[str, Any]:
+    """A site whose value is as wide as its distribution, with which it broadcasts."""
+    if is_deterministic(node):
+        return node
+    return {**node, "value": node["value"].expand(data_shape(node["fn"], node["value"]))}
 
 
 # ---------------------------------------------------------------------- constants

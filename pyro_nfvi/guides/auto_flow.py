@@ -133,13 +133,21 @@ class AutoFlow(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():
-            AutoGuide._setup_prototype(self, *args, **kwargs)
             try:
+                self._trace_prototype(args, kwargs)
                 self._build()
             except Exception:
                 self.prototype_trace = None  # the next call starts afresh
                 raise
         self._check = PrototypeCheck(type(self).__name__, self.layout, args, kwargs)
+
+    def _trace_prototype(self, args: tuple, kwargs: dict) -> None:
+        try:
+            AutoGuide._setup_prototype(self, *args, **kwargs)
+        except NotImplementedError:  # as a latent is in a sequential plate: not in our words
+            if self.prototype_trace is not None:
+                check_prototype(type(self).__name__, self.prototype_trace)
+            raise
 
     def _build(self) -> None:
         check_prototype(type(self).__name__, self.prototype_trace)

@@ -31,7 +31,8 @@ def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
     Raises:
         ValueError: If there is no latent, a discrete one, or one in a subsampled plate that the
             guide does not amortize.
-        NotImplementedError: If there is no map from the reals onto the support of a latent.
+        NotImplementedError: If there is no map from the reals onto the support of a latent, or it
+            is in a sequential plate.
     """
     nodes = dict(trace.iter_stochastic_nodes())
     if not sum(node["value"].numel() for node in nodes.values()):
@@ -49,6 +50,10 @@ def check_prototype(owner: str, trace: Trace, local: str | None = None) -> None:
                 f"{type(node['fn']).__name__}, onto whose support, {node['fn'].support!r}, there "
                 f"is no such map. {_way_out(node['fn'].support)}")
         for frame in node["cond_indep_stack"]:
+            if not frame.vectorized:
+                raise NotImplementedError(
+                    f"{owner} handles vectorized plates; {name!r} is in the sequential plate "
+                    f"{frame.name!r}. Use `with pyro.plate(...)`, or loop over a range instead.")
             if is_subsampled(frame) and frame.name != local:
                 holds = "holds one value for each latent" if local is None else \
                     f"amortizes one plate, {local!r}"

@@ -22,14 +22,32 @@ Values = dict[str, Tensor]
 
 
 class Unobserve(UnconditionMessenger):
-    """As Pyro's ``uncondition``, but deterministic sites keep their values.
+    """As Pyro's ``uncondition``, but deterministic sites keep their values, and data their shape.
 
-    Drawn from their distribution they would be of another shape inside a plate.
+    Deterministic sites drawn from their distribution would be of another shape inside a plate, and
+    so would data that a model observes as a vector of one scalar distribution.
     """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not is_deterministic(msg):
-            super()._pyro_sample(msg)
+        if is_deterministic(msg):
+            return
+        if msg["is_observed"]:
+            msg["fn"] = _as_wide(msg["fn"], msg["value"])
+        super()._pyro_sample(msg)
+
+
+def _as_wide(distribution: Any, value: Any) -> Any:
+    """A distribution with the batch shape that it has when it observes this value."""
+    batch = data_shape(distribution, value)
+    batch = batch[:len(batch) - distribution.event_dim]
+    return distribution if batch == distribution.batch_shape else distribution.expand(batch)
+
+
+def data_shape(distribution: Any, value: Any) -> torch.Size:
+    """Shape of observations, where they and the batch of their distribution broadcast."""
+    shape = torch.as_tensor(value).shape
+    split = len(shape) - distribution.event_dim
+    return torch.broadcast_shapes(distribution.batch_shape, shape[:split]) + shape[split:]
 
 
 class PriorError(ValueError):

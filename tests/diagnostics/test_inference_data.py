@@ -422,6 +422,18 @@ def test_deterministic_sites_in_a_plate_keep_their_shape_in_predictions():
     np.testing.assert_allclose(data.posterior_predictive.y, data.posterior.shifted, atol=0.06)
 
 
+def test_data_that_broadcast_with_their_distribution_have_one_shape_in_all_groups():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 0.01), obs=y)  # without a plate
+        pyro.sample("one", dist.Normal(mu.expand(4), 0.01), obs=torch.tensor(0.3))
+    data = fit(model, torch.full((3,), 0.3)).to_arviz(20)
+    for group in (data.posterior_predictive, data.prior_predictive, data.log_likelihood):
+        assert (group.y.shape, group.one.shape) == ((1, 20, 3), (1, 20, 4))
+    assert (data.observed_data.y.shape, data.observed_data.one.shape) == ((3,), (4,))
+    assert data.posterior_predictive.y.std("y_dim_0").min() > 0  # each its own draw
+
+
 def test_deterministic_sites_that_fill_their_plates_have_their_dimensions():
     def model():
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

@@ -53,6 +53,17 @@ def test_a_discrete_latent_is_refused_with_the_way_out(kind):
             kind(wrapped)()
 
 
+def test_a_sequential_plate_is_refused_at_each_call():
+    def steps():
+        for i in pyro.plate("time", 2):
+            pyro.sample(f"x{i}", dist.Normal(0.0, 1.0))
+    guide = AutoFlow(steps)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match="AutoFlow handles vectorized plates; 'x0' is "
+                           "in the sequential plate 'time'. Use `with pyro.plate"):
+            guide()
+
+
 def test_a_discrete_latent_in_a_plate_is_named_by_its_own_kind():
     def counts():
         with pyro.plate("two", 2):
