@@ -341,7 +341,7 @@ def _image(layer: FreeForm, u: Tensor, context: Tensor | None) -> Tensor:
     try:
         z = layer.module(*_given(u, context))
     except Exception as error:
-        raise ValueError(f"{wanted}{type_name(error)}: {error}") from error
+        raise ValueError(f"{wanted}{type_name(error)}: {str(error).rstrip('.')}.") from error
     if not isinstance(z, Tensor) or z.shape != u.shape or z.dtype != u.dtype:
         got = (type_name(z) if not isinstance(z, Tensor) else
                tuple(z.shape) if z.shape != u.shape else

@@ -243,9 +243,10 @@ def check_network(owner: str, hidden_dims: Any, activation: Any) -> None:
                          f"got {hidden_dims!r}. For one hidden layer: hidden_dims=(64,).")
     for size in hidden_dims:
         check_positive_int(owner, "hidden_dims", size)
-    if isinstance(activation, nn.Module) or not callable(activation):
-        raise ValueError(f"{owner} expected `activation` to be a constructor such as nn.ReLU, "
-                         f"got {activation!r}.")
+    if isinstance(activation, nn.Module) or not callable(activation) or not isinstance(
+            activation(), nn.Module):
+        raise ValueError(f"{owner} expected `activation` to be a constructor of a module such as "
+                         f"nn.ReLU, got {activation!r}.")
 
 
 def built_network(owner: str, conditioner: Any, groups: Tensor, context_dim: int, num_params: int,

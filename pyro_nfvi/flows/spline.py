@@ -15,6 +15,7 @@ from pyro_nfvi.flows.transformers import Transformer, soft_clamp
 
 MIN_BIN = 1e-3  # smallest bin, as a fraction of the box: the paper's implementation
 MIN_SLOPE = 1e-3  # smallest derivative at a knot, likewise
+MAX_BOUND = 1e12
 ZERO_SLOPE = math.log(math.expm1(1 - MIN_SLOPE))  # makes zero parameters give derivative 1
 
 
@@ -57,7 +58,7 @@ class RationalQuadraticSpline(Transformer):
     def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
         owner = "RationalQuadraticSpline"
         self.num_bins = check_num_bins(owner, num_bins)
-        self.bound = check_positive_float(owner, "bound", bound)
+        self.bound = _checked_bound(owner, bound)
         self.params_per_dim = 3 * self.num_bins + 3
 
     def forward(self, u: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +156,7 @@ class LinearSpline(Transformer):
 
     def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
         self.num_bins = check_num_bins("LinearSpline", num_bins)
-        self.bound = check_positive_float("LinearSpline", "bound", bound)
+        self.bound = _checked_bound("LinearSpline", bound)
         self.params_per_dim = 2 * self.num_bins + 2
 
     def forward(self, u: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +190,14 @@ def check_num_bins(owner: str, num_bins: Any) -> int:
     if num_bins * MIN_BIN >= 1:
         raise ValueError(f"{owner} expected `num_bins` below {1 / MIN_BIN:.0f}, got {num_bins}.")
     return int(num_bins)
+
+
+def _checked_bound(owner: str, bound: float) -> float:
+    """Return ``bound`` if its square, which a spline takes, is a number in single precision."""
+    if check_positive_float(owner, "bound", bound) > MAX_BOUND:
+        raise ValueError(f"{owner} expected `bound` of at most {MAX_BOUND:.0e}, got {bound!r}. The "
+                         "spline acts inside the box, and its tails are linear.")
+    return float(bound)
 
 
 def bin_sizes(raw: Tensor, bound: float) -> Tensor:

@@ -88,7 +88,7 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
     if len(places) == 1:  # the best by luck, perhaps
         places += [g for g in found[:_num_matched(score)] if g.elbo < found[0].elbo - DIP]
     flows = _improved(score, places, found[0].elbo, match)
-    searchable = len(found[0].loc) <= MAX_SEARCHED and not score.failed
+    searchable = len(found[0].loc) <= MAX_SEARCHED and not score.failed and not score.noisy
     if match and found[0].arrived and searchable:
         flows = _with_narrow_places(score, flows)
     ranked = _ranked(score, flows)
@@ -138,7 +138,7 @@ def _with_narrow_places(score: Score, flows: list[Flow]) -> list[Flow]:
                and all(_dips(score, g.mode, flow.bijection.shift) for flow in known.places)]
         if not new:
             break
-        flows = flows + _improved(score, new[:1], known.elbo[0], match=True)
+        flows = [*known.places, *_improved(score, new[:1], known.elbo[0], match=True)]
     return flows
 
 

@@ -14,7 +14,7 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
-from pyro_nfvi._random import one_by_one
+from pyro_nfvi._random import forked_rng, one_by_one
 from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.guides.layout import LatentLayout
 from pyro_nfvi.guides.prototype import is_subsampled
@@ -83,10 +83,13 @@ class LogJoint:
     @torch.no_grad()
     def try_batched(self, z: Tensor) -> None:
         """Find out, on a few particles, whether one batched run gives what single runs give."""
+        def seeded(function: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+            with forked_rng(0):  # models that draw latents of their own, or rows, draw the same
+                return function(points)
         with self.surroundings():
-            single = torch.stack([self._log_density(row) for row in z])
+            single = torch.stack([seeded(self._log_density, row) for row in z])
         try:
-            batched = self(z)
+            batched = seeded(self, z)
         except RuntimeError as error:
             self.batched, self.reason = False, str(error).splitlines()[0]
             return

@@ -58,5 +58,5 @@ def _limits(elbo: np.ndarray) -> tuple[float, float] | None:
     if not len(late):
         return None
     low, high = np.quantile(late, 0.01), late.max()
-    margin = 0.05 * (high - low) + 1e-9
+    margin = 0.05 * (high - low) + 1e-9 * max(abs(high), 1.0)  # some, however large they are
     return low - margin, high + margin

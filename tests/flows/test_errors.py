@@ -212,6 +212,8 @@ def test_an_order_may_come_in_any_form(order):
      "RationalQuadraticSpline expected `num_bins` below 1000, got 1000."),
     (partial(RationalQuadraticSpline, bound=0),
      "RationalQuadraticSpline expected `bound` to be a positive number, got 0."),
+    (partial(RationalQuadraticSpline, bound=10 ** 30),
+     f"RationalQuadraticSpline expected `bound` of at most 1e+12, got {10 ** 30}...."),
     (partial(RationalQuadraticSpline, bound=float("inf")),
      "RationalQuadraticSpline expected `bound` to be a positive number, got inf."),
     (partial(nsf, 3, num_bins=0),
@@ -240,10 +242,12 @@ def test_a_wrong_number_is_named(mistake, message):
     ({"hidden_dims": "64"}, "expected `hidden_dims` to be a sequence of integers, got '64'...."),
     ({"hidden_dims": (64, 0)}, "expected `hidden_dims` to be an integer >= 1, got 0."),
     ({"hidden_dims": [64.5]}, "expected `hidden_dims` to be an integer >= 1, got 64.5."),
+    ({"activation": lambda: None},
+     "expected `activation` to be a constructor of a module such as nn.ReLU, got <function ...>."),
     ({"activation": nn.ReLU()},
-     "expected `activation` to be a constructor such as nn.ReLU, got ReLU()."),
+     "expected `activation` to be a constructor of a module such as nn.ReLU, got ReLU()."),
     ({"activation": "relu"},
-     "expected `activation` to be a constructor such as nn.ReLU, got 'relu'."),
+     "expected `activation` to be a constructor of a module such as nn.ReLU, got 'relu'."),
 ], ids=str)
 def test_a_wrong_conditioner_is_named(layer, options, message):
     with says(f"{layer.__name__} {message}"):

@@ -448,7 +448,7 @@ def test_an_image_flow_is_a_recipe_for_guides(recipe):
     (partial(glow, 64, image_shape=(1, 8, 8), num_blocks=-1),
      "ConvNet expected `num_blocks` to be an integer >= 0, got -1."),
     (partial(glow, 64, image_shape=(1, 8, 8), activation="relu"),
-     "ConvNet expected `activation` to be a constructor such as nn.ReLU, got 'relu'."),
+     "ConvNet expected `activation` to be a constructor of a module such as nn.ReLU, got 'relu'."),
     (partial(Squeeze, Diagonal(49), (1, 7, 7)),
      "Squeeze expected `image_shape` whose height and width are multiples of block=(2, 2), "
      "got (1, 7, 7). Pad the images."),

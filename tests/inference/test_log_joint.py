@@ -331,6 +331,19 @@ def test_a_subsampled_plate_stays_batched_and_takes_one_minibatch_for_all():
     assert (same == same[0]).all()
 
 
+def test_a_model_that_draws_a_latent_of_its_own_stays_batched():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        own = pyro.sample("own", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(own, 1.0), obs=y[0])
+    log_joint = make_log_joint(poutine.block(model, hide=["own"]))
+    log_joint.try_batched(draw(log_joint, 3))
+    assert log_joint.batched
+    first, second = (log_joint(torch.zeros(5, 1, dtype=DOUBLE)) for _ in range(2))
+    assert (first == first[0]).all()  # one draw for all
+    assert first[0] != second[0]
+
+
 def test_a_deterministic_log_joint_uses_no_random_numbers():
     log_joint = make_log_joint(mixed_supports)
     z = draw(log_joint, 3)

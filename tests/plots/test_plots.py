@@ -86,6 +86,12 @@ def test_the_limits_of_the_elbo_leave_out_the_start_and_what_is_not_finite():
     drawn(ax.figure)
 
 
+def test_a_flat_elbo_of_any_size_has_limits():
+    for value in (0.0, -3.0, -1e30):
+        low, high = plot_elbo(History([value] * 20), axes()).get_ylim()
+        assert low < value < high
+
+
 def test_an_elbo_that_is_never_finite_is_drawn_without_error():
     drawn(plot_elbo(History([float("nan")] * 20), axes()).figure)
 

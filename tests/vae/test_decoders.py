@@ -178,7 +178,8 @@ def test_a_wrong_latent_is_named(mistake, message):
      "ConvDecoder expected `kernel_size` to be odd, so that a kernel has a middle, got 2. "
      "Take 3."),
     (lambda: ConvDecoder(2, (8, 8), activation=None),
-     "ConvDecoder expected `activation` to be a constructor such as nn.ReLU, got None."),
+     "ConvDecoder expected `activation` to be a constructor of a module "
+     "such as nn.ReLU, got None."),
     (lambda: RecurrentDecoder(2, (3,)),
      "RecurrentDecoder expected `event_shape` to be (T, F), got (3,)."),
     (lambda: RecurrentDecoder(2, (6, 3), hidden_dim=0),

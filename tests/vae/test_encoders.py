@@ -396,7 +396,8 @@ def test_a_wrong_input_is_named(mistake, message):
     (lambda: MLPEncoder((3,), 64), "MLPEncoder expected `hidden_dims` to be a sequence of "
                                    "integers, got 64. For one hidden layer: hidden_dims=(64,)."),
     (lambda: MLPEncoder((3,), activation="relu"),
-     "MLPEncoder expected `activation` to be a constructor such as nn.ReLU, got 'relu'."),
+     "MLPEncoder expected `activation` to be a constructor of a module "
+     "such as nn.ReLU, got 'relu'."),
     (lambda: ConvEncoder((784,)),
      "ConvEncoder expected `event_shape` to be (C, H, W) or (H, W), got (784,)."),
     (lambda: ConvEncoder(28), "ConvEncoder expected `event_shape` to be (C, H, W) or (H, W), "
@@ -414,7 +415,8 @@ def test_a_wrong_input_is_named(mistake, message):
     (lambda: ConvEncoder((28, 28), hidden_dim=2.0),
      "ConvEncoder expected `hidden_dim` to be an integer >= 1, got 2.0."),
     (lambda: ConvEncoder((28, 28), activation=nn.ReLU()),
-     "ConvEncoder expected `activation` to be a constructor such as nn.ReLU, got ReLU()."),
+     "ConvEncoder expected `activation` to be a constructor of a module "
+     "such as nn.ReLU, got ReLU()."),
     (lambda: RecurrentEncoder((3,)),
      "RecurrentEncoder expected `event_shape` to be (T, F), got (3,)."),
     (lambda: RecurrentEncoder((6, 3), 0),
