@@ -73,6 +73,14 @@ def test_a_flat_prior_without_data_is_called_improper():
         fit(model)
 
 
+def test_a_log_joint_that_is_flat_everywhere_is_called_improper():
+    def model():
+        with pyro.poutine.mask(mask=False):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pytest.raises(ValueError, match="improper: the scale of site 'a' runs away"):
+        fit(model)
+
+
 def test_flat_coefficients_of_which_only_the_sum_is_informed_are_called_improper():
     def model(y):
         total = flat("a") + flat("b")

@@ -15,6 +15,7 @@ MAX_K = 0.7  # above: not even the weights help
 MIN_ESS = 0.1  # fraction of the draws below which the weights rest on too few of them
 MIN_ESS_WEIGHTED = 0.3  # the same where k-hat says that the draws need their weights
 EQUAL_ESS = 0.999  # weights this equal change nothing, whatever the shape of their tail
+EQUAL = "the weights are all but equal, and k-hat is the shape of their rounding"
 MIN_FINITE = 0.9  # fraction of the draws that must be where the posterior has density
 POINT = 1e-9  # standard deviation, relative to its size, of a latent that does not vary
 ADVICE = ("What helps: a reparametrized model (LocScaleReparam for a hierarchy), a flow of more "
@@ -116,7 +117,7 @@ def spread(sample: ImportanceSample, layout: LatentLayout | None) -> Check:
 def _weights(sample: ImportanceSample) -> Check:
     k, bar = sample.pareto_k, max_pareto_k(sample.num_samples)
     if all_but_equal(sample):
-        return Check("k-hat", "ok", "the weights are all but equal", value=k)
+        return Check("k-hat", "ok", EQUAL, value=k)
     words = f"k-hat {k:.2f}, should be below {bar:.2f}"
     if not k < bar:
         return Check("k-hat", "fail", f"{words}: the guide misses part of the posterior", ADVICE, k)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_nfvi import _arviz
 from pyro_nfvi.diagnostics.checks import (
+    EQUAL,
     GOOD_K,
     MAX_K,
     Check,
@@ -164,7 +165,7 @@ def verdict(sample: ImportanceSample, history: History, layout: LatentLayout | N
                    else "do not trust these draws")
         return False, f"Verdict: {opening}: {first.words}. {sentence(note or first.action)}"
     if all_but_equal(sample):
-        words = "good (the weights are all but equal)"
+        words = f"good ({EQUAL})"
     elif sample.pareto_k < GOOD_K:
         words = f"good (k-hat below {GOOD_K})"
     else:

@@ -178,5 +178,7 @@ def value_and_gradient(log_joint: Callable[[Tensor], Tensor], live: Tensor
     with torch.enable_grad():
         z = live.detach().requires_grad_()
         log_p = log_joint(z)
-        gradient, = torch.autograd.grad(log_p.sum(), z)
+        if not log_p.requires_grad:  # improper: a flat prior, and no data
+            return log_p, torch.zeros_like(live)
+        gradient, = torch.autograd.grad(log_p.sum(), z, allow_unused=True, materialize_grads=True)
     return log_p.detach(), gradient
