@@ -135,7 +135,10 @@ def place(content: dict[str, Any] | None) -> str:
     """Where a fit goes on."""
     if content is None:
         return "before the first checkpoint"
-    name = ["Gaussian", "flow", "more particles"][content["stage"]]
+    stages = ["Gaussian", "flow", "more particles"]
+    if content["stage"] == len(stages):
+        return "after the last step"
+    name = stages[content["stage"]]
     return f"in {name}" if content.get("loop") is not None else f"before {name}"
 
 

@@ -134,8 +134,10 @@ class NFVI:
             The posterior.
 
         Raises:
-            ValueError: If the guide cannot handle the model, an observed value is NaN, or the
-                log joint is not finite at the start.
+            ValueError: If the guide cannot handle the model, an observed value is NaN, the log
+                joint is not finite at the start, the model does not scale minibatches to all
+                rows, the fit would not go into memory, or the checkpoints are of another fit.
+            LostProcess: If another process of the fit has died, or is silent.
         """
         random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
         refit = self._refit(args, kwargs, loader)

@@ -208,10 +208,11 @@ OTHERS = {
                   "its `objective` was 'ELBO(path_gradient=True)', not "
                   "'ELBO(path_gradient=False)'"),
     "type": (lambda one: small(bent, checkpoint=one, dtype=torch.float32).run(Y),
-             "the floating-point types differ"),
+             "the floating-point types differ, torch.float64 then and torch.float32 now"),
     "data": (lambda one: small(bent, checkpoint=one).run(Y * 1.0001),
              "the model or its data differ"),
-    "model": (lambda one: small(with_parameter, checkpoint=one).run(Y), "the latent sites differ"),
+    "model": (lambda one: small(with_parameter, checkpoint=one).run(Y),
+              "the latent sites differ, {'a': [], 'b': []} then and {'mu': []} now"),
     "recipe": (lambda one: small(bent, AutoFlow(bent, radial), checkpoint=one).run(Y),
                "the guides differ"),
     "noise": (lambda one: small(bent, AutoFlow(bent, partial(planar, num_layers=1), base=partial(
@@ -238,9 +239,10 @@ def test_another_fit_in_the_same_folder_is_refused_in_one_sentence(begun, other)
         "folder, or remove that one to start anew.")
 
 
-LOADERS = {"batch": (lambda: ArrayLoader(X, batch_size=10), "the loaders differ"),
+LOADERS = {"batch": (lambda: ArrayLoader(X, batch_size=10),
+                     "the loaders differ, .*'batch_size': 8} then and .*'batch_size': 10} now"),
            "data": (lambda: ArrayLoader(X + 1, batch_size=8), "the model or its data differ"),
-           "kind": (data_loader, "the loaders differ")}
+           "kind": (data_loader, "the loaders differ, .* then and .* now")}
 
 
 @pytest.mark.parametrize("other", [pytest.param("batch", marks=pytest.mark.slow), "data",

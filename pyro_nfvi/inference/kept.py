@@ -18,6 +18,7 @@ from pyro_nfvi.inference.problem import Problem
 SAME = 1e-4  # relative difference of two numbers that rounding explains
 FINE = 1e-6  # and of two log densities in double precision
 PLACE = 0.1  # size of latents and parameters at which log densities are compared
+LINE = 200  # characters of an explanation
 NUM_SAMPLED = 1000  # numbers that tell data apart
 
 
@@ -69,7 +70,7 @@ class Kept:
             if not _same(then, now):
                 assert self.store is not None
                 what = f"its {name} was {then!r}, not {now!r}" if name[0] == "`" else \
-                    f"{name} differ"
+                    f"{name} differ{_shown(then, now)}"
                 raise ValueError(f"{self.owner} found checkpoints of another fit in "
                                  f"{str(self.store.folder)!r}: {what}. Choose another folder, or "
                                  "remove that one to start anew.")
@@ -138,7 +139,8 @@ def identity(problem: Problem) -> dict[str, Any]:
     return {"the latent sites": {site.name: list(site.shape) for site in guide.layout},
             "the guides": [type(guide).__name__, *map(described, recipes)],
             "the floating-point types": str(problem.log_joint.dtype),
-            "the loaders": [] if feed is None else [feed.kind, feed.num_rows, feed.batch_size],
+            "the loaders": {} if feed is None else {
+                "kind": feed.kind, "rows": feed.num_rows, "batch_size": feed.batch_size},
             "the model or its data": _log_density(problem)}
 
 
@@ -176,6 +178,13 @@ def sampled(values: Tensor | None) -> Tensor | None:
     flat = values.detach().reshape(-1)
     places = torch.linspace(0, len(flat) - 1, min(NUM_SAMPLED, len(flat)), dtype=torch.float64)
     return flat[places.long().to(flat.device)].double().cpu()
+
+
+def _shown(then: Any, now: Any) -> str:
+    """What there was and what there is, if it can be read in a line."""
+    words = f", {then} then and {now} now"
+    plain = not isinstance(then, Tensor) and not isinstance(now, Tensor)
+    return words if plain and len(words) < LINE else ""
 
 
 def _same(then: Any, now: Any) -> bool:
