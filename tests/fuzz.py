@@ -240,6 +240,7 @@ def _factor(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
     return lambda eta: pyro.factor("factor", value(eta))
 
 
+NAN_SITE = "undefined"
 TWISTS: dict[str, Callable[[Tensor], Any]] = {
     "factor": _factor(lambda eta: -eta ** 2),
     "factor nan": _factor(lambda eta: eta * math.nan),
@@ -277,7 +278,7 @@ TWISTS: dict[str, Callable[[Tensor], Any]] = {
     "changes": lambda eta: _changing(),
     "sequential": lambda eta: _sequential(),
     "deterministic": lambda eta: pyro.deterministic("d", eta.expand(3), event_dim=1),
-    "deterministic nan": lambda eta: pyro.deterministic("d", eta * math.nan),
+    "deterministic nan": lambda eta: pyro.deterministic(NAN_SITE, eta * math.nan),
     "param": lambda eta: pyro.factor("p", -(pyro.param("p", torch.tensor(1.0)) - eta) ** 2),
     "param positive": lambda eta: pyro.factor("p", -(pyro.param(
         "p", torch.tensor(1.0), constraint=constraints.positive) - eta) ** 2),
@@ -711,8 +712,9 @@ def leaves(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{path}[{i}]", depth + 1)
     elif hasattr(value, "table"):
         yield from leaves(value.table, f"{path}.table", depth)
-    elif hasattr(value, "select_dtypes"):  # a data frame
-        for name, column in value.select_dtypes("float").items():
+    elif hasattr(value, "select_dtypes"):  # a data frame, less a site that the model makes nan
+        of_model = value.index.astype(str).str.match(rf"{NAN_SITE}(\[|$)")
+        for name, column in value[~of_model].select_dtypes("float").items():
             yield f"{path}.{name}", column.to_numpy()
     elif hasattr(value, "groups"):
         yield from _arviz_leaves(value, path)
@@ -723,7 +725,7 @@ def _arviz_leaves(data: Any, path: str) -> Iterator[tuple[str, Any]]:
     for group in names:
         with suppress(AttributeError):
             for name, variable in data[group].data_vars.items():
-                if variable.dtype.kind == "f":
+                if variable.dtype.kind == "f" and name != NAN_SITE:
                     yield f"{path}.{group}.{name}", variable.values
 
 
@@ -901,8 +903,9 @@ def _stray(case: Fit | Call, caught: list[warnings.WarningMessage]) -> str:
     return ""
 
 
-KNOWN_WARNINGS = (  # torch's, on a model that takes numbers out of tensors, under any guide
-    "Converting a tensor with requires_grad=True to a scalar",)
+KNOWN_WARNINGS = (  # torch's, on models that take numbers out of tensors, or that vmap slows down
+    "Converting a tensor with requires_grad=True to a scalar",
+    "There is a performance drop because we have not yet implemented the batching rule")
 
 
 def _plain_warnings(fit: Fit) -> set[str]:

@@ -468,7 +468,11 @@ def first_value(owner: str, init_loc_fn: Callable, site: dict[str, Any]) -> Tens
         ValueError: If it is anything else.
     """
     if site["is_observed"] or has_map(site["fn"]):
-        value = init_loc_fn(site)
+        try:
+            value = init_loc_fn(site)
+        except TypeError as error:
+            raise ValueError(f"{owner} expected `init_loc_fn` to be a function of a site, a dict "
+                             f"as in a trace, got TypeError: {error}.") from error
     else:
         value = site["fn"].sample()
     if not isinstance(value, Tensor):

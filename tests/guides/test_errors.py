@@ -219,6 +219,13 @@ def test_an_argument_that_is_no_function_is_refused(argument):
         AutoFlow(model, **{argument: 3})
 
 
+def test_a_function_of_something_else_than_a_site_is_refused():
+    guide = AutoFlow(model, init_loc_fn=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="AutoFlow expected `init_loc_fn` to be a function of a "
+                                         "site, a dict as in a trace, got TypeError: linear()"):
+        guide(DATA)
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "model", DATA], ids=["none", "number", "text", "data"])
 @every_kind
 def test_a_model_that_is_no_function_is_refused(kind, wrong):
