@@ -17,8 +17,8 @@ neighbours. The models:
   count in the seconds of the fit only.
 
 A point that takes over ``--limit`` seconds is stopped and says so; one that NFVI refuses for its
-memory says that. The full table takes about an hour on one idle core, ``--quick`` about five
-minutes. Tables of all three go to results/scale.md, points to results/scale.jsonl.
+memory says that. All of it takes about twenty minutes on one idle core, ``--quick`` about two.
+Tables go to results/scale.md, points to results/scale.jsonl; those of other kinds stay there.
 """
 
 from __future__ import annotations
@@ -211,6 +211,12 @@ def head(base: float, quick: bool) -> str:
             "neighbours].")
 
 
+def kept_points(name: str) -> list[Point]:
+    """The points of an earlier run."""
+    path = RESULTS / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def main() -> None:
     """Print a table against each of latents, particles and rows."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -223,22 +229,18 @@ def main() -> None:
     if options.point:
         print(json.dumps(measured(options.point[0], int(options.point[1]))))
         return
+    name = "scale_quick" if options.quick else "scale"  # which keeps the full tables
+    kept = {kind: [p for p in kept_points(name) if p["kind"] == kind] for kind in GRIDS}
     start = in_its_own_process("empty", 1, options.limit)
     if "error" in start:
         sys.exit(f"The empty fit failed: {start['error']}")
-    base, points = start["bytes"], [start]
-    texts = [head(base, options.quick)]
-    print(texts[0], flush=True)
     for kind in options.only:
-        mine = [in_its_own_process(kind, value, options.limit)
-                for value in (QUICK if options.quick else GRIDS)[kind]]
-        points += mine
-        texts.append(table(kind, mine, base))
-        print(f"\n{texts[-1]}", flush=True)
-    if options.only != list(GRIDS):  # the files hold all of them
-        return
-    RESULTS.mkdir(exist_ok=True)
-    name = "scale_quick" if options.quick else "scale"  # which keeps the full table
+        kept[kind] = [in_its_own_process(kind, value, options.limit)
+                      for value in (QUICK if options.quick else GRIDS)[kind]]
+        print(f"\n{table(kind, kept[kind], start['bytes'])}", flush=True)
+    points = [start, *(point for kind in GRIDS for point in kept[kind])]
+    texts = [head(start["bytes"], options.quick), *(table(kind, kept[kind], start["bytes"])
+                                                    for kind in GRIDS if kept[kind])]
     (RESULTS / f"{name}.md").write_text("\n\n".join(texts) + "\n")
     (RESULTS / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
 

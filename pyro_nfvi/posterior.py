@@ -34,10 +34,11 @@ from pyro_nfvi.inference import History, ImportanceSample, LogJoint, importance_
 from pyro_nfvi.inference.chains import Chains
 from pyro_nfvi.inference.checks import check_arguments, check_data, check_sites
 from pyro_nfvi.inference.importance import NUM_SAMPLES
-from pyro_nfvi.inference.log_joint import default_dtype
+from pyro_nfvi.inference.log_joint import converted, default_dtype
 from pyro_nfvi.inference.metropolis import metropolis
 from pyro_nfvi.inference.neutra import neutra
 from pyro_nfvi.inference.parallel import check_jobs
+from pyro_nfvi.inference.predictive import predictions
 from pyro_nfvi.plots import (
     fit_pictures,
     plot_elbo,
@@ -49,6 +50,8 @@ from pyro_nfvi.plots import (
     versions,
     write_page,
 )
+
+NEW_GROUPS = "Only data may be of other sizes; latents of new groups are for AutoAmortizedFlow."
 
 
 class Posterior:
@@ -155,6 +158,57 @@ class Posterior:
         check_positive_int("Posterior.resample", "num_samples", num_samples)
         z = self.draws.z[self.draws.resample(num_samples)]
         return self.log_joint.layout.constrain(z)[0]
+
+    def predict(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> dict[str, Tensor]:
+        r"""Draws of what the model says of other arguments, new inputs say.
+
+        .. math:: \tilde x \sim \int p(\tilde x \mid z)\, p(z \mid x)\, dz
+
+        Latents are taken in proportion to their importance weights, and data drawn at each,
+        whether they are given or not.
+
+        Args:
+            *args: Arguments of the model. Tensors take on the floating-point type of the fit.
+            num_samples: Number of draws.
+            **kwargs: Keyword arguments of the model.
+
+        Returns:
+            Values ``(num_samples, *shape)`` of each site of data and each deterministic site.
+
+        Raises:
+            ValueError: If ``num_samples`` is not a positive integer, or the latent sites are not
+                those that were fitted, as one in a plate of another size.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_nfvi import NFVI
+            >>> def line(x, y=None):
+            ...     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("y", dist.Normal(slope * x, 0.1), obs=y)
+            >>> x = torch.linspace(-1.0, 1.0, 20)
+            >>> posterior = NFVI(line, seed=0, progress=False).run(x, 2 * x)
+            >>> predicted = posterior.predict(torch.tensor([3.0, 4.0]))["y"]
+            >>> predicted.shape, predicted.mean(0).round()
+            (torch.Size([1000, 2]), tensor([6., 8.], dtype=torch.float64))
+        """
+        check_positive_int("Posterior.predict", "num_samples", num_samples)
+        z = self.draws.z[self.draws.resample(num_samples)]
+        return predictions(self._at(args, kwargs), z)
+
+    def _at(self, args: tuple, kwargs: dict) -> LogJoint:
+        """The log joint with other arguments."""
+        fitted, device = self.log_joint, self.draws.z.device
+        model, layout, dtype = fitted.given[0], fitted.layout, fitted.dtype
+        check_arguments("Posterior.predict", model, args, kwargs)
+        args, kwargs = converted((args, kwargs), dtype, device)
+        with default_dtype(dtype):
+            trace = quiet_trace(model, args, kwargs)
+        for site in layout:
+            compare_site("Posterior.predict", site.name, site.shape, trace, NEW_GROUPS)
+        log_joint = LogJoint(model, args, kwargs, layout, dtype)
+        log_joint.batched, log_joint.reason = fitted.batched, fitted.reason
+        return log_joint
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Log-density of the guide at constrained values ``(*sample, *site.shape)``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import stat
 from functools import partial
 from typing import NamedTuple
@@ -315,6 +316,52 @@ def test_plot_elbo_takes_a_history_of_any_length(good, length):
     posterior = Posterior(good.guide, good.log_joint, History([1.0] * length,
                                                               stages=[Stage("flow", length)]))
     mpl.pyplot.close(posterior.plot_elbo().figure)
+
+
+# ------------------------------------------------------------------ predictions
+
+def line(x, y=None):
+    weights = pyro.sample("weights", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    mean = pyro.deterministic("mean", x @ weights, event_dim=1)
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
+def test_predictions_at_new_inputs_have_the_moments_of_the_closed_form():
+    x, new = torch.randn(30, 2), torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]])
+    y = x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(30)
+    posterior = fit(line, x, y)  # in double precision; the new inputs are in single
+    assert posterior.draws.z.dtype is DOUBLE
+    values = posterior.predict(new, num_samples=4000)
+    covariance = torch.linalg.inv(torch.eye(2) + x.T @ x / 0.25)
+    mean = new @ (covariance @ x.T @ y / 0.25)
+    of_mean = (new @ covariance @ new.T).diagonal()
+    for name, variance in (("mean", of_mean), ("y", of_mean + 0.25)):
+        assert values[name].shape == (4000, 3)
+        error = (values[name].mean(0) - mean) / (variance / 4000).sqrt()
+        assert error.abs().max() < 4.5
+        assert ((values[name].var(0) / variance).log().abs() < 4.5 * (2 / 4000) ** 0.5).all()
+    given = posterior.predict(new, torch.full((3,), 100.0))["y"]  # data are drawn all the same
+    assert given.max() < 50
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    ((), "expected the arguments of the model, (x, y=None): missing a required argument: 'x'."),
+    ((torch.ones(5, 2), None, 3), "expected the arguments of the model, (x, y=None): too many"),
+], ids=["none", "many"])
+def test_predictions_ask_for_the_arguments_of_the_model(args, message):
+    posterior = Posterior.of(line, AutoPlanar(line), torch.randn(4, 2), torch.randn(4))
+    with pytest.raises(ValueError, match=re.escape(f"Posterior.predict {message}")):
+        posterior.predict(*args)
+
+
+def test_predictions_for_latents_of_new_groups_are_refused():
+    def grouped(count):
+        with pyro.plate("groups", count):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+    posterior = Posterior.of(grouped, AutoPlanar(grouped), 3)
+    with pytest.raises(ValueError, match=r"'z' of shape \(3,\), got \(4,\). Only data may be"):
+        posterior.predict(4)
 
 
 # ------------------------------------------------------------------ files: what is kept

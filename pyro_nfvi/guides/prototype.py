@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides.layout import LatentLayout
 
+REBUILD = "Build a new guide, and call it first with the arguments you fit with."
 MAX_SIGNATURES = 32  # more kinds of arguments than this are not re-checked: a step counter, say
 
 
@@ -117,13 +118,13 @@ def quiet_trace(model: Any, args: tuple, kwargs: dict) -> Trace:
         return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
 
 
-def compare_site(owner: str, name: str, shape: torch.Size, trace: Trace) -> None:
+def compare_site(owner: str, name: str, shape: torch.Size, trace: Trace,
+                 way_out: str = REBUILD) -> None:
     """Check that a site the guide was built for is still latent, and of this shape.
 
     Raises:
         ValueError: If it is not.
     """
-    way_out = "Build a new guide, and call it first with the arguments you fit with."
     if name not in trace.nodes:
         raise ValueError(f"{owner} was built with a latent site {name!r} that the model "
                          f"no longer has. {way_out}")

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_nfvi._random import forked_rng, one_by_one
 from pyro_nfvi._shapes import check_tensor
@@ -187,6 +188,15 @@ def is_data(node: dict[str, Any]) -> bool:
     return (node["type"] == "sample" and node["is_observed"] and not is_deterministic(node)
             and not site_is_subsample(node) and not site_is_factor(node)
             and torch.is_tensor(node["value"]))
+
+
+def converted(values: Any, dtype: torch.dtype | None, device: torch.device | None) -> Any:
+    """Arguments of a model with their tensors of this floating-point type, on this device."""
+    def convert(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(dtype=dtype if value.is_floating_point() else None, device=device)
+    return tree_map(convert, values)
 
 
 @contextmanager

@@ -82,13 +82,28 @@ def posterior_predictive(log_joint: LogJoint, z: Tensor) -> Values:
         log_joint: The model and its data.
         z: Draws ``(n, D)``.
     """
-    observed = observed_names(log_joint, z[0])
+    observed = set(observed_names(log_joint, z[0]))
+    return _simulated(log_joint, z, lambda name, node: name in observed)
 
+
+@torch.no_grad()
+def predictions(log_joint: LogJoint, z: Tensor) -> Values:
+    """What follows from each draw, ``(n, *shape)``: data, observed or not, and deterministic sites.
+
+    Args:
+        log_joint: The model and what to predict for.
+        z: Draws ``(n, D)``.
+    """
+    latent = latent_names(log_joint)
+    return _simulated(log_joint, z, lambda name, node: name not in latent and is_shown(node))
+
+
+def _simulated(log_joint: LogJoint, z: Tensor, chosen: Callable[[str, dict], bool]) -> Values:
     def simulate(row: Tensor) -> Values:
         values = log_joint.layout.constrain(row)[0]
         model = poutine.condition(unobserved(log_joint.model), data=values)
         nodes = _run(model, log_joint).nodes
-        return {name: nodes[name]["value"] for name in observed}
+        return {name: node["value"] for name, node in nodes.items() if chosen(name, node)}
     return _mapped(log_joint, simulate, z, randomness="different")
 
 

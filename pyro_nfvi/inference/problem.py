@@ -6,20 +6,19 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.checks import check_arguments, check_data, check_sites
 from pyro_nfvi.inference.loader import LoaderFeed
-from pyro_nfvi.inference.log_joint import LogJoint, default_dtype, first_bad
+from pyro_nfvi.inference.log_joint import LogJoint, converted, default_dtype, first_bad
 from pyro_nfvi.inference.team import Team
 
 START_ROWS = 20_000  # of a loader, that the Gaussians are fitted to
@@ -107,7 +106,7 @@ class Setup:
 
     def _in_type(self, fresh: bool, args: tuple, kwargs: dict, loader: Iterable | None,
                  dtype: torch.dtype | None) -> Problem:
-        args, kwargs = self._converted(args, dtype), self._converted(kwargs, dtype)
+        args, kwargs = converted((args, kwargs), dtype, self.device)
         with default_dtype(dtype):
             if loader is not None:
                 feed = LoaderFeed(loader, dtype=dtype, device=self.device, rank=self.team.rank,
@@ -148,14 +147,6 @@ class Setup:
             warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
                           f"which is slow: {log_joint.reason}", stacklevel=6)
         return log_joint
-
-    def _converted(self, values: Any, dtype: torch.dtype | None) -> Any:
-        def convert(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(dtype=dtype if value.is_floating_point() else None,
-                            device=self.device)
-        return tree_map(convert, values)
 
 
 @contextmanager
