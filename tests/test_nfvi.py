@@ -652,6 +652,7 @@ def test_a_log_joint_that_turns_bad_stops_with_a_warning_and_the_last_good_state
                            "'float64'"),
     ({"dtype": torch.int64}, "NFVI expected `dtype` .* got torch.int64"),
     ({"dtype": float}, "NFVI expected `dtype` .* got"),
+    ({"compile": torch.zeros(3)}, "NFVI expected `compile` to be one of .*, got tensor"),
     ({"compile": "fast"}, r"NFVI expected `compile` to be one of \('auto', 'c', .*'eager'\), got "
                           "'fast'"),
     ({"compile": True}, "NFVI expected `compile` .* got True"),

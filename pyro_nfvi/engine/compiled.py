@@ -219,7 +219,7 @@ def check_tier(owner: str, compile: Any) -> str:
         >>> check_tier("NFVI", "fx")
         'fx'
     """
-    if compile not in ("auto", *TIERS):
+    if not isinstance(compile, str) or compile not in ("auto", *TIERS):
         raise ValueError(f"{owner} expected `compile` to be one of {('auto', *TIERS)}, got "
                          f"{compile!r}.")
     tier: str = compile

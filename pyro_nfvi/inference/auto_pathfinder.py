@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pyro import poutine
 
+from pyro_nfvi._shapes import check_flag
 from pyro_nfvi.guides import AutoGaussian
 from pyro_nfvi.inference.initialization import gaussian_start, starting_points
 from pyro_nfvi.inference.log_joint import LogJoint
@@ -48,7 +49,7 @@ class AutoPathfinder(AutoGaussian):
     def __init__(self, model: Callable, *, match: bool = False, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self._model: tuple = (self.model, model)  # as given, without init_loc_fn's draws
-        self.match = match
+        self.match = check_flag("AutoPathfinder", "match", match)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)

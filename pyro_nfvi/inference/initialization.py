@@ -81,7 +81,7 @@ def gaussian_start(score: Score, draw_starts: Callable[[int], Tensor], *, match:
         return None
     places = _places(score, found)
     if len(places) > 1:
-        found = _by_elbo(found + pathfinder(score, draw_starts(MORE_STARTS)))
+        found = _by_elbo(found + pathfinder(score, _affordable(score, draw_starts(MORE_STARTS))))
         places = _places(score, found)
     if len(found[0].loc) > max_full:
         return _ranked(score, _large(score, places, match))

@@ -74,7 +74,11 @@ class Score:
     @property
     def value_work(self) -> float:
         """The same for a value: far more where the model runs for one point after the other."""
-        return self.work * (FAILURE_WORK if getattr(self.log_joint, "reason", "") else 1.0)
+        return self.work * self._one_by_one
+
+    @property
+    def _one_by_one(self) -> float:
+        return FAILURE_WORK if getattr(self.log_joint, "reason", "") else 1.0
 
     def snapshot(self) -> list[Any]:
         """What later decisions depend on, as a file holds it."""
@@ -88,7 +92,7 @@ class Score:
     @torch.no_grad()
     def estimated_work(self, z: Tensor) -> float:
         """What :attr:`work` will be, about, from the values at a few points."""
-        return self._bytes_each(z) / z.element_size()
+        return self._one_by_one * self._bytes_each(z) / z.element_size()
 
     @torch.no_grad()
     def value(self, z: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def found(guide):
     return MultivariateNormal(frame.shift, scale_tril=frame.lower)
 
 
+def test_match_is_true_or_false():
+    with pytest.raises(ValueError, match="AutoPathfinder expected `match` to be True or False"):
+        AutoPathfinder(gaussian, match=torch.ones(2, 2))
+
+
 def test_a_gaussian_posterior_is_near_at_the_first_call():
     divergence = kl_divergence(found(AutoPathfinder(gaussian).setup()),
                                MultivariateNormal(MEAN, COVARIANCE))
