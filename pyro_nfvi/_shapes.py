@@ -9,7 +9,8 @@ from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Transform
 
 MAX_INT = 2 ** 31  # no count is as large; torch's own limit is 2 ** 63
 
@@ -42,6 +43,21 @@ def check_file_name(owner: str, path: Any) -> None:
     """
     if not isinstance(path, (str, PathLike)):
         raise ValueError(f"{owner} expected `path` to be the path of a file, got {path!r}.")
+
+
+def check_callables(owner: str, **arguments: Any) -> None:
+    """Check that every argument is a function, and what builds a part no built part.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in arguments.items():
+        if not callable(value):
+            raise ValueError(f"{owner} expected `{name}` to be a function, got "
+                             f"{type_name(value)}.")
+        if name in ("recipe", "base", "affine") and isinstance(value, (nn.Module, Transform)):
+            raise ValueError(f"{owner} expected `{name}` to be a function of the number of "
+                             f"latents, got {type_name(value)}. Pass what builds it.")
 
 
 def check_flag(owner: str, argument: str, value: Any) -> bool:

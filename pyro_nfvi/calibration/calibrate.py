@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_nfvi._shapes import check_flag, check_names, check_positive_int, type_name
+from pyro_nfvi._shapes import check_callables, check_flag, check_names, check_positive_int
 from pyro_nfvi.calibration import plots
 from pyro_nfvi.calibration.ecdf import symmetry_p_values, uniformity_test
 from pyro_nfvi.calibration.ranks import central_ranks_of
@@ -457,10 +457,8 @@ def _check_options(n_jobs: Any, seed: Any, args_fn: Any, quantities_fn: Any) -> 
     check_jobs(OWNER, n_jobs)
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise ValueError(f"{OWNER} expected `seed` to be an integer >= 0 or None, got {seed!r}.")
-    for name, value in (("args_fn", args_fn), ("quantities_fn", quantities_fn)):
-        if value is not None and not callable(value):
-            raise ValueError(f"{OWNER} expected `{name}` to be a function, got "
-                             f"{type_name(value)}.")
+    given = {"args_fn": args_fn, "quantities_fn": quantities_fn}
+    check_callables(OWNER, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_match(simulator: Simulator, refit: Amortized | Refit, weighted: bool) -> None:

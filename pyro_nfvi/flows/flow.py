@@ -225,6 +225,9 @@ class FlowDistribution(TransformedDistribution):
         if not isinstance(flow, Flow):
             raise ValueError(f"FlowDistribution expected `flow` to be a Flow, got "
                              f"{type_name(flow)}.")
+        if base is not None and not isinstance(base, Distribution):
+            raise ValueError(f"FlowDistribution expected `base` to be a Distribution or None, got "
+                             f"{type_name(base)}.")
         self.flow = flow
         self.context = context = check_context("FlowDistribution", context, flow.context_dim)
         base = flow.base().expand(_batch_shape(context)) if base is None else base

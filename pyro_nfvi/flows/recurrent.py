@@ -36,7 +36,7 @@ class RecurrentNet(nn.Module):
         ``(*batch, D), (*batch, context_dim) -> (*batch, D, num_params)``.
 
     Raises:
-        ValueError: If ``hidden_dim`` is no positive integer.
+        ValueError: If ``hidden_dim`` is no positive integer, or the groups are no integers.
 
     Example:
         >>> from pyro_nfvi.flows import Autoregressive
@@ -56,6 +56,9 @@ class RecurrentNet(nn.Module):
                  hidden_dim: int = 64) -> None:
         super().__init__()
         check_positive_int("RecurrentNet", "hidden_dim", hidden_dim)
+        if groups.dtype is torch.bool:
+            raise ValueError("RecurrentNet expected `groups` to be integers, got booleans, as of a "
+                             "Coupling. It is for Autoregressive layers.")
         order = groups.argsort(stable=True)
         self._order: list[int] = order.tolist()
         self._place: list[int] = order.argsort().tolist()

@@ -19,7 +19,7 @@ from torch.distributions import Transform
 from torch.func import functional_call
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi._shapes import check_callables, check_positive_float, check_positive_int, type_name
 from pyro_nfvi.flows import (
     Base,
     Bijection,
@@ -442,21 +442,6 @@ class AutoSpline(AutoFlow):
     """
 
     default_recipe = staticmethod(nsf)
-
-
-def check_callables(owner: str, **arguments: Any) -> None:
-    """Check that every argument is a function, and what builds a part no built part.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    for name, value in arguments.items():
-        if not callable(value):
-            raise ValueError(f"{owner} expected `{name}` to be a function, got "
-                             f"{type_name(value)}.")
-        if name in ("recipe", "base", "affine") and isinstance(value, (torch.nn.Module, Transform)):
-            raise ValueError(f"{owner} expected `{name}` to be a function of the number of "
-                             f"latents, got {type_name(value)}. Pass what builds it.")
 
 
 def first_value(owner: str, init_loc_fn: Callable, site: dict[str, Any]) -> Tensor:

@@ -203,9 +203,7 @@ class ConstantFlow(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density at ``value``."""
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{type_name(self)} expected `value` to be a tensor, got "
-                             f"{type_name(value)}.")
+        value = check_tensor(type_name(self), "value", value, self.flow.input_dim)
         if self._validate_args:
             self._validate_sample(value)
         dtype = torch.promote_types(value.dtype, self.flow.base.zeros.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent, register_kl
 from torch.nn import functional as F
 
-from pyro_nfvi._shapes import check_positive_int, check_tensor
+from pyro_nfvi._shapes import check_callables, check_positive_int, check_tensor
 from pyro_nfvi.flows import Amortized, Bijection, Flow, realnvp
 from pyro_nfvi.flows.planar import ZERO
 from pyro_nfvi.guides.pyro_dist import conditional
@@ -150,6 +150,7 @@ class FlowPosterior(AmortizedPosterior):
                  recipe: Callable[..., Bijection] = realnvp, *, context_dim: int = 32,
                  **options: Any) -> None:
         super().__init__(feature_dim, latent_dim)
+        check_callables("FlowPosterior", recipe=recipe)
         check_positive_int("FlowPosterior", "context_dim", context_dim)
         bijection = recipe(latent_dim, context_dim, **options)
         layer = Amortized(bijection, feature_dim)

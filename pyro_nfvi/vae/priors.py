@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nfvi._shapes import check_positive_int, type_name
+from pyro_nfvi._shapes import check_callables, check_positive_int, type_name
 from pyro_nfvi.flows import Bijection, BijectionTransform, Flow, realnvp
 from pyro_nfvi.guides.pyro_dist import NoiseDistribution
 
@@ -92,6 +92,7 @@ class FlowPrior(Prior):
     def __init__(self, latent_dim: int, recipe: Callable[..., Bijection] = realnvp,
                  **options: Any) -> None:
         super().__init__(latent_dim)
+        check_callables("FlowPrior", recipe=recipe)
         self.flow = Flow(recipe(latent_dim, **options))
 
     def forward(self, encode: Encode) -> TorchDistributionMixin:

@@ -295,3 +295,8 @@ def test_the_path_gradient_reaches_the_context():
     loss = (log_q - target.log_prob(z, context.detach())).sum()
     slope, = torch.autograd.grad(loss, context)
     assert slope.abs().max() < 1e-6
+
+
+def test_a_distribution_over_no_distribution_is_refused():
+    with pytest.raises(ValueError, match="FlowDistribution expected `base` to be a Distribution"):
+        FlowDistribution(Flow(Planar(2)), base=int)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_nfvi.flows import Autoregressive, RecurrentNet
+from pyro_nfvi.flows import Autoregressive, Coupling, RecurrentNet
 from pyro_nfvi.testing import perturb
 
 
@@ -74,3 +74,8 @@ def test_a_long_chain_stays_finite():
 def test_a_wrong_size_is_named(wrong):
     with pytest.raises(ValueError, match="^RecurrentNet expected `hidden_dim` to be an integer"):
         RecurrentNet(torch.arange(3), 0, 2, hidden_dim=wrong)
+
+
+def test_the_groups_of_a_coupling_are_refused():
+    with pytest.raises(ValueError, match="RecurrentNet expected `groups` to be integers, got bool"):
+        Coupling(3, conditioner=RecurrentNet)

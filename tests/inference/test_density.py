@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import time
+import warnings
 from functools import partial
 
 import numpy as np
@@ -235,8 +236,10 @@ def test_a_fit_ends_when_its_time_is_up():
     with pytest.warns(UserWarning, match=r"fit_density: its time was up\."):
         fit(affine(2), samples=banana(500)[0], num_steps=10 ** 6, max_seconds=0.5, compile="eager")
     assert time.monotonic() - start < 5
-    fitted = fit(affine(2), log_density=lambda z: -z.square().sum(-1), num_steps=10 ** 6,
-                 max_seconds=1.0, compile="eager", num_particles=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flat in time, or not: that depends on the machine
+        fitted = fit(affine(2), log_density=lambda z: -z.square().sum(-1), num_steps=10 ** 6,
+                     max_seconds=1.0, compile="eager", num_particles=16)
     assert time.monotonic() - start < 15
     assert fitted.history.stages[-1].pareto_k < 0.7  # annealed in the time there was
 
@@ -471,7 +474,7 @@ def test_wrong_contexts_and_values_are_refused(prior, conditional):
         prior.condition(torch.zeros(1))
     with pytest.raises(ValueError, match=re.escape("`context` of shape (*batch, 1), got (3,)")):
         conditional.condition(torch.zeros(3))
-    with pytest.raises(ValueError, match="event_shape"):
+    with pytest.raises(ValueError, match=re.escape("`value` of shape (*batch, 2), got (3,)")):
         prior.log_prob(torch.zeros(3))
 
 

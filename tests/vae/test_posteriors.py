@@ -298,3 +298,8 @@ def test_a_posterior_of_ones_own_needs_one_method():
     exact = 2 * (-1 - math.log(2) + 0.5 * math.log(2 * math.pi) + 1)  # -entropy + cross entropy
     draws = q.log_prob(z) - p.log_prob(z)
     assert ((estimate - exact).abs() < 4 * standard_error(draws)).all()
+
+
+def test_a_flow_posterior_asks_for_a_recipe():
+    with pytest.raises(ValueError, match="FlowPosterior expected `recipe` to be a function, got N"):
+        FlowPosterior(4, 1, None)

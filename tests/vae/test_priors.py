@@ -188,3 +188,8 @@ def test_a_prior_of_ones_own_needs_one_method():
     vae = VAE(Gaussian((4,)), 2, prior=Wide(2))
     assert vae.elbo(torch.randn(5, 4)).shape == (5,)
     assert vae.generate(1000).shape == (1000, 4)
+
+
+def test_a_flow_prior_asks_for_a_recipe():
+    with pytest.raises(ValueError, match="FlowPrior expected `recipe` to be a function, got int"):
+        FlowPrior(2, 0)
