@@ -198,7 +198,7 @@ def picture_block() -> str:
     said = json.loads((RESULTS / "picture.json").read_text())
     return ("![The posterior of eight schools: draws of NUTS, of a mean-field guide and of a flow]"
             "(docs/images/eight_schools.png)\n\n*Eight schools: draws of NUTS, of Pyro's "
-            f"`AutoNormal` (k-hat {said['AutoNormal']['k']:.2f}) and of `NFVI` (k-hat "
+            f"`AutoNormal`, tuned (k-hat {said['AutoNormal']['k']:.2f}) and of `NFVI` (k-hat "
             f"{said['NFVI']['k']:.2f}; below 0.7 the weighted draws are good, below 0.5 the guide "
             "itself).*")
 

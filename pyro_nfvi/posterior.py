@@ -96,7 +96,8 @@ class Posterior:
             model: The Pyro model.
             guide: The guide: one of this library, one of Pyro's own, or any function that Pyro
                 takes as one.
-            *args: Arguments of both, those of the fit.
+            *args: Arguments of both, those of the fit. Tensors take on the floating-point type of
+                a flow guide, which after :class:`~pyro_nfvi.NFVI` may be double precision.
             **kwargs: Likewise.
 
         Raises:
@@ -114,8 +115,11 @@ class Posterior:
         """
         _check_functions(model, guide)
         check_arguments("Posterior.of", model, args, kwargs)
-        layout = _layout(model, guide, args, kwargs)
-        log_joint = LogJoint(model, args, kwargs, layout)
+        dtype = _own_dtype(guide)
+        args, kwargs = converted((args, kwargs), dtype, None)
+        with default_dtype(dtype):
+            layout = _layout(model, guide, args, kwargs)
+        log_joint = LogJoint(model, args, kwargs, layout, dtype)
         posterior = cls(guide, log_joint, History())
         with torch.no_grad():
             z, _ = posterior.density.rsample_and_log_prob((2,))
@@ -413,7 +417,14 @@ class Posterior:
 
         Args:
             var_names: Names of the observed sites. Default: all.
+
+        Raises:
+            ValueError: If the data were those of a loader, which no fit holds.
         """
+        if self.log_joint.num_rows is not None:
+            raise ValueError("Posterior.plot_predictive compares with all data at once, which a "
+                             "fit by a loader does not hold. For rows of your choice: "
+                             "posterior.predict(x).")
         groups = ("posterior", "posterior_predictive", "observed_data")
         return plot_predictive(self.to_arviz(1000, groups=groups), var_names)
 
@@ -578,6 +589,14 @@ def _elbo_of(losses: Any) -> list[float]:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError("Posterior.diagnose expected `losses` to be numbers, what svi.step "
                          f"returned, got {losses!r}.") from None
+
+
+def _own_dtype(guide: Callable) -> torch.dtype | None:
+    """The floating-point type of a flow guide that is built, if it is not the default one."""
+    if not isinstance(guide, AutoFlow) or guide.prototype_trace is None:
+        return None
+    dtype = guide._flow().base.zeros.dtype
+    return None if dtype == torch.get_default_dtype() else dtype
 
 
 def _layout(model: Callable, guide: Callable, args: tuple, kwargs: dict) -> LatentLayout:

@@ -192,9 +192,13 @@ def test_pictures_need_no_rows(fitted, picture):
 def test_chains_and_predictions_that_need_all_rows_at_once_say_so(fitted):
     with pytest.raises(ValueError, match="subsample"):
         fitted.neutra()
-    with pytest.warns(UserWarning, match="leaves out"), \
-            pytest.raises(ValueError, match="plot_predictive"):
+    with pytest.raises(ValueError, match="a fit by a loader does not hold. For rows of your choice"):
         fitted.plot_predictive()
+
+
+def test_predictions_are_for_rows_of_ones_choice(fitted):
+    values = fitted.predict(torch.randn(4, 3), torch.zeros(4))  # zeros: their number
+    assert values["y"].shape == (1000, 4)
 
 
 def test_a_model_that_is_not_scaled_to_all_rows_is_refused_with_the_way_out():

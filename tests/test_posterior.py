@@ -345,6 +345,15 @@ def test_predictions_at_new_inputs_have_the_moments_of_the_closed_form():
     assert given.max() < 50
 
 
+def test_a_guide_in_double_precision_is_judged_on_data_in_single():
+    x, y = torch.randn(30, 2), torch.randn(30)
+    posterior = fit(line, x, y)
+    again = Posterior.of(line, posterior.guide, x, y)
+    assert again.draws.z.dtype is DOUBLE
+    assert again.elbo[0] == pytest.approx(posterior.elbo[0], abs=1e-3)
+    assert torch.get_default_dtype() is torch.float32
+
+
 @pytest.mark.parametrize(("args", "message"), [
     ((), "expected the arguments of the model, (x, y=None): missing a required argument: 'x'."),
     ((torch.ones(5, 2), None, 3), "expected the arguments of the model, (x, y=None): too many"),
