@@ -192,7 +192,7 @@ def test_pictures_need_no_rows(fitted, picture):
 def test_chains_and_predictions_that_need_all_rows_at_once_say_so(fitted):
     with pytest.raises(ValueError, match="subsample"):
         fitted.neutra()
-    with pytest.raises(ValueError, match="a fit by a loader does not hold. For rows of your choice"):
+    with pytest.raises(ValueError, match="a fit by a loader does not hold. For rows of"):
         fitted.plot_predictive()
 
 
