@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from pyro_nfvi._shapes import check_file_name, type_name
 
@@ -35,7 +37,11 @@ class DamagedFile(ValueError):
 
 
 def write_file(path: str | PathLike, content: dict[str, Any]) -> None:
-    """Write ``content`` to ``path`` and seal it, by way of a temporary file beside it."""
+    """Write ``content`` to ``path`` and seal it, by way of a temporary file beside it.
+
+    Of a tensor that is a part of a larger one, the part alone is written.
+    """
+    content = tree_map(_without_rest, content, is_leaf=lambda part: isinstance(part, torch.Size))
     with _whole(path) as file:
         hashing = _Hashing(file)
         try:
@@ -188,6 +194,18 @@ def _folder_to_disk(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+# ---------------------------------------------------------------------- tensors
+
+def _without_rest(value: Any) -> Any:
+    """A copy of a tensor that is a part of a larger one, of which torch would write all."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_nested:
+        return value
+    part = value.detach()[tuple(slice(None if step else 1) for step in value.stride())]
+    if part.nbytes >= value.untyped_storage().nbytes():
+        return value
+    return part.clone().expand(value.shape).requires_grad_(value.requires_grad)
 
 
 # ---------------------------------------------------------------------- seals

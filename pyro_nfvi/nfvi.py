@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from os import PathLike
@@ -30,7 +30,8 @@ from pyro_nfvi.guides import AutoFlow
 from pyro_nfvi.inference import ELBO, Checkpoint, History
 from pyro_nfvi.inference.checkpoint import CheckpointStore
 from pyro_nfvi.inference.distributed import DistributedTeam, LostProcess, check_distributed
-from pyro_nfvi.inference.kept import Kept, described, identity, way_on
+from pyro_nfvi.inference.identity import described, difference, identity
+from pyro_nfvi.inference.kept import Kept, way_on
 from pyro_nfvi.inference.log_joint import default_dtype
 from pyro_nfvi.inference.problem import Problem, Setup
 from pyro_nfvi.inference.stages import Options, Stages
@@ -58,10 +59,12 @@ class NFVI:
         num_particles: Draws of each step.
         num_steps: Largest number of steps of a stage.
         lr: Largest learning rate of the flow.
-        max_seconds: Time for the fit. A stage lets its rate fall before it is up, and ends with
-            it.
-        seed: Makes the run reproducible, and leaves the global random state as it was. Default:
-            the global random state.
+        max_seconds: Time for the steps of the fit, all runs of a checkpoint together. A stage lets
+            its rate fall before it is up, and ends with it. The Gaussian stage, and the draws that
+            judge the fit, take what they take.
+        seed: Makes the run reproducible, on one machine with one ``compile``, and leaves the
+            global random state as it was; ``pyro.param`` values of the model start where the
+            param store has them. Default: the global random state.
         dtype: Floating-point type of the fit; floating-point arguments are converted to it.
             Default: double precision on a CPU, unless the model holds tensors of another type
             that do not mix; elsewhere the model's own.
@@ -141,7 +144,7 @@ class NFVI:
         """
         random_state = nullcontext() if self.seed is None else forked_rng(self.seed)
         refit = self._refit(args, kwargs, loader)
-        with random_state, self._team() as team, self._store(team) as store:
+        with torch.enable_grad(), random_state, self._team() as team, self._store(team) as store:
             problem = self._setup(team)(args, kwargs, loader)
             with default_dtype(problem.log_joint.dtype):
                 stages = self._stages(problem, team, store)
@@ -194,11 +197,15 @@ class NFVI:
         deadline = time.monotonic() + self.max_seconds
         options = Options(self.objective, self.num_particles, self.num_steps, self.lr,
                           self.compile, self.progress and team.leads, deadline)
-        if self.checkpoint is None:
-            stages, known = Stages(problem, options, team), None
+        known = None
+        if self.checkpoint is None and team.size == 1:
+            stages = Stages(problem, options, team)
         else:
-            kept = Kept(store, self._identity(problem))
-            stages, known = Stages(problem, options, team, kept), team.lead(kept.latest)
+            mine = self._identity(problem)
+            _check_alike(team, mine)
+            kept = None if self.checkpoint is None else Kept(store, mine)
+            stages = Stages(problem, options, team, kept)
+            known = None if kept is None else team.lead(kept.latest)
         if known is not None:
             stages.go_on(known)
         elif team.size > 1:  # a guide that was built before may differ
@@ -271,6 +278,13 @@ def _checked_dtype(dtype: Any) -> torch.dtype | None:
                          f"{dtype!r}. Half precision has too few digits for log densities.")
     checked: torch.dtype | None = dtype
     return checked
+
+
+def _check_alike(team: Team, mine: Mapping[str, Any]) -> None:
+    """Refuse processes of one fit that were given different models or data."""
+    if what := team.first(difference(team.share(mine), mine)):
+        raise ValueError(f"NFVI expected the same model and data in all processes of a fit, got "
+                         f"others: {what}. Give each of them all rows; a loader shares rows out.")
 
 
 def _checked_device(device: Any) -> torch.device | None:

@@ -875,7 +875,7 @@ def plain_errors(fit: Fit) -> set[tuple[str, str]]:
     """What the model says for itself when it is traced and scored."""
     found = set()
     keywords = {"shift": fit.shift} if fit.shift else {}
-    for number in range(6):
+    for number in range(30):
         pyro.clear_param_store()
         pyro.set_rng_seed(number)
         for validate in (True, False):

@@ -7,11 +7,16 @@ import random
 import subprocess
 import sys
 import zipfile
+from enum import Enum
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from torch import nn
 
-from pyro_nfvi import _files
+from pyro_nfvi import AutoFlow, Posterior, _files, iaf, planar
 from pyro_nfvi._files import (
     END_SIZE,
     SEAL_SIZE,
@@ -22,6 +27,9 @@ from pyro_nfvi._files import (
     write_file,
     write_text,
 )
+from pyro_nfvi.guides.flow_state import flow_state, load_flow_state
+from pyro_nfvi.inference import History, LogJoint
+from tests import fits
 
 CONTENT = {"format": "ours", "version": 2, "values": torch.arange(300.0), "names": ["a", "b"]}
 
@@ -76,6 +84,177 @@ def test_tensors_of_any_type_and_layout_come_back(dtype, tmp_path):
         again = read(tmp_path / f"{number}.pt")["values"]
         assert again.dtype == dtype
         assert torch.equal(again, tensor)
+
+
+# ------------------------------------------------------------------ parts of tensors
+
+BIG = torch.arange(100_000.0)  # 400 kB
+PARTS = {
+    "rows": BIG[:10],
+    "column": BIG.reshape(-1, 100)[:50, 3],
+    "transposed": BIG.reshape(-1, 100)[:3].T,
+    "steps": BIG[::1000],
+    "number": BIG[7],
+    "nothing": BIG[:0],
+    "expanded": BIG[:2, None].expand(2, 200_000),
+    "bits": BIG.view(torch.int32)[:9],
+    "imaginary": BIG.to(torch.complex64)[:9].conj().imag,
+    "with-gradient": BIG.clone().requires_grad_()[:2],
+    "parameter": nn.Parameter(BIG[5:8]),
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_of_a_tensor_is_written_without_the_rest(part, tmp_path):
+    path = tmp_path / "fit.pt"
+    write_file(path, {**CONTENT, "values": {"args": [{"list": (part, torch.Size([2]))}]}})
+    assert path.stat().st_size < 7000
+    again, size = read(path)["values"]["args"][0]["list"]
+    assert torch.equal(again, part)
+    assert (again.dtype, again.requires_grad) == (part.dtype, part.requires_grad)
+    assert type(size) is torch.Size
+    assert part.untyped_storage().nbytes() >= BIG.nbytes  # what is written is a copy
+
+
+def test_a_tensor_that_is_there_four_times_is_written_once(tmp_path):
+    path = tmp_path / "fit.pt"
+    write_file(path, {**CONTENT, "values": [BIG, BIG, BIG.reshape(-1, 10), BIG.reshape(-1, 10).T]})
+    assert path.stat().st_size < 1.02 * BIG.nbytes
+
+
+def test_a_tensor_that_has_no_memory_of_its_own_is_written_as_it_is(path):
+    write_file(path, {**CONTENT, "values": torch.eye(3).to_sparse()})
+    assert torch.equal(read(path)["values"].to_dense(), torch.eye(3))
+
+
+# ------------------------------------------------------------------ fits
+
+def normal(y, *others):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def with_another_latent(y):
+    pyro.sample("nu", dist.Normal(0.0, 1.0))
+    normal(y)
+
+
+def guide_of(width=8, num_layers=1, model=normal):
+    guide = AutoFlow(model, lambda size: iaf(size, num_layers=num_layers, hidden_dims=(width,)))
+    guide.setup(BIG[:5])
+    return guide
+
+
+def fit_to(*args):
+    """A fit that is not fitted yet."""
+    guide = AutoFlow(normal, planar)
+    guide.setup(*args)
+    return Posterior(guide, LogJoint(normal, args, {}, guide.layout, torch.float32), History())
+
+
+def test_the_file_of_a_fit_to_some_rows_holds_no_others(tmp_path):
+    path = tmp_path / "fit.pt"
+    fit_to(BIG[:5], BIG.numpy()[5:9]).save(path)
+    assert path.stat().st_size < 20_000
+    y, others = Posterior.load(path, normal).log_joint.args
+    assert torch.equal(y, BIG[:5])
+    assert others.tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kind", ["eager", "array-loader", "data-loader"])
+def test_loading_leaves_the_random_state_alone(kind, tmp_path):
+    path, loader = tmp_path / "fit.pt", fits.KINDS[kind]()[2].get("loader")
+    model = fits.bent if loader is None else fits.of_rows
+    fits.fit(kind, num_steps=2).save(path)
+    before = torch.get_rng_state()
+    Posterior.load(path, model, loader=loader)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="does not fit"):
+        Posterior.load(path, model, AutoFlow(model, iaf), loader=loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+OTHER_GUIDES = {
+    "narrower": ({"width": 8}, {"width": 4}, r"was of shape \[8, 1\], now it is of shape \[4, 1\]"),
+    "shorter": ({"num_layers": 2}, {}, r"was of shape \[8, 1\], now it is not there"),
+    "longer": ({}, {"num_layers": 2}, r"was not there, now it is of shape \[8, 1\]"),
+    "other-model": ({}, {"model": with_another_latent},
+                    r"was of shape \[8, 1\], now it is of shape \[8, 2\]"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_GUIDES)
+def test_the_state_of_another_guide_is_refused_in_a_sentence(name):
+    saved, own, words = OTHER_GUIDES[name]
+    with pytest.raises(ValueError, match="^AutoFlow is not the guide that was fitted: "
+                                         rf"'flow\.[^ ]+' {words}\. Build it as that one\.$"):
+        load_flow_state(guide_of(**own), flow_state(guide_of(**saved)))
+
+
+@pytest.mark.parametrize(("model", "make", "misfit", "way_out"), [
+    (normal, lambda: AutoFlow(normal, iaf), "guide",
+     "Leave `guide` out, or build it as the one that was fitted."),
+    (with_another_latent, lambda: None, "model", "Pass the model that was fitted."),
+], ids=["guide", "model"])
+def test_a_file_that_does_not_fit_is_refused_with_its_first_difference_alone(
+        model, make, misfit, way_out, tmp_path):
+    path = tmp_path / "fit.pt"
+    fit_to(BIG[:5]).save(path)
+    with pytest.raises(ValueError, match=f"^Posterior.load: the {misfit} does not fit '.*fit.pt': "
+                                         f"'flow[^ ]+' was [^.]+, now it is [^.]+. {way_out}$"):
+        Posterior.load(path, model, make())
+
+
+REFUSED = {
+    "integer-keys": ({"a": 1, 3: 4}, "dict with a key of int. Give it keys that are strings."),
+    "tensor-keys": ([{BIG: 1}], "dict with a key of Tensor. Give it keys that are strings."),
+    "complex": (np.ones(3, complex), "ndarray of complex128. Pass it in float64, as a tensor or as "
+                                     "a list."),
+    "text": (np.array(["a"]), "ndarray of <U1. Pass it in float64, as a tensor or as a list."),
+    "set": ({1, 2}, "set. Pass the model its parts."),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_argument_that_no_file_holds_is_refused_with_the_way_out(name, tmp_path):
+    argument, words = REFUSED[name]
+    with pytest.raises(ValueError, match="^Posterior.save expected model arguments of tensors, "
+                       f"arrays, numbers, strings, lists and dicts, got {words}$"):
+        fit_to(BIG[:5], argument).save(tmp_path / "fit.pt")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble) == np.float64, reason="no longdouble on this machine")
+@pytest.mark.parametrize("argument", [np.ones(3, np.longdouble), np.longdouble(1)],
+                         ids=["array", "number"])
+def test_a_longdouble_is_refused_with_the_way_out(argument, tmp_path):
+    with pytest.raises(ValueError, match=f"got {type(argument).__name__} of float[0-9]*. Pass it "
+                                         "in float64, as a tensor or as a list.$"):
+        fit_to(BIG[:5], argument).save(tmp_path / "fit.pt")
+    assert os.listdir(tmp_path) == []
+
+
+class Colour(str, Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">i2", "<f4", "<u2"])
+def test_arrays_of_any_byte_order_and_steps_come_back(dtype, tmp_path):
+    values = np.arange(24).reshape(4, 6).astype(dtype)
+    arrays = [values, values.T, values[::-1, ::2], values[0, :1], values[:0]]
+    fit_to(BIG[:5], arrays).save(tmp_path / "fit.pt")
+    again = Posterior.load(tmp_path / "fit.pt", normal).log_joint.args[1]
+    for found, array in zip(again, arrays, strict=True):
+        np.testing.assert_array_equal(found, array)
+        assert found.dtype == array.dtype.newbyteorder("=")
+
+
+def test_keys_that_are_strings_of_another_class_come_back_as_strings(tmp_path):
+    fit_to(BIG[:5], {np.str_("a"): 1, Colour.RED: 2}).save(tmp_path / "fit.pt")
+    again = Posterior.load(tmp_path / "fit.pt", normal).log_joint.args[1]
+    assert again == {"a": 1, "red": 2}
+    assert {type(key) for key in again} == {str}
 
 
 # ------------------------------------------------------------------ damage

@@ -352,6 +352,14 @@ def test_a_fit_keeps_to_its_time():
     assert posterior.sample(5)["mu"].isfinite().all()
 
 
+def test_gradients_may_be_switched_off_outside():
+    with torch.no_grad():
+        posterior = NFVI(bent, AutoFlow(bent, planar), num_steps=5, num_particles=4, seed=0,
+                         progress=False).run(Y)
+        assert not torch.is_grad_enabled()
+    assert len(posterior.history.elbo) > 0
+
+
 def test_an_improper_posterior_is_refused():
     def model():
         pyro.sample("x", dist.Normal(0.0, 1.0))

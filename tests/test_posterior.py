@@ -697,6 +697,18 @@ def test_a_guide_that_does_not_fit_the_file_is_refused(good, guide, tmp_path):
     assert len(str(e.value)) < 400 + len(str(path))  # not every parameter of both
 
 
+def test_another_model_at_loading_is_named_in_a_warning(good, tmp_path):
+    def tighter(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 0.9))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+    good.save(tmp_path / "fit.pt")
+    with pytest.warns(UserWarning, match="Posterior.load: this is another model .*: the densities "
+                                         "of the sites differ, first 'mu'") as caught:
+        Posterior.load(tmp_path / "fit.pt", tighter)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("guide", [AutoPlanar, "planar"], ids=["class", "text"])
 def test_a_guide_of_another_kind_is_refused(good, guide, tmp_path):
     path = tmp_path / "fit.pt"

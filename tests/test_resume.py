@@ -197,6 +197,13 @@ def test_an_objective_of_one_s_own_is_the_same_in_another_process(monkeypatch, t
     assert len(small(bent, objective=other, checkpoint=one).run(Y).history.elbo) == 40
 
 
+def wider(y):
+    """As ``bent``, with another prior."""
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    b = pyro.sample("b", dist.Normal(0.0, 2.01))
+    pyro.sample("y", dist.Normal(b + a ** 2, 0.5), obs=y[0])
+
+
 OTHERS = {
     "seed": (lambda one: small(bent, checkpoint=one, seed=5).run(Y), "its `seed` was None, not 5"),
     "particles": (lambda one: small(bent, checkpoint=one, num_particles=4).run(Y),
@@ -209,8 +216,9 @@ OTHERS = {
                   "'ELBO(path_gradient=False)'"),
     "type": (lambda one: small(bent, checkpoint=one, dtype=torch.float32).run(Y),
              "the floating-point types differ, torch.float64 then and torch.float32 now"),
-    "data": (lambda one: small(bent, checkpoint=one).run(Y * 1.0001),
-             "the model or its data differ"),
+    "data": (lambda one: small(bent, checkpoint=one).run(Y * 1.0001), "the data differ, first 'y'"),
+    "prior": (lambda one: small(wider, checkpoint=one).run(Y),
+              "the densities of the sites differ, first 'b'"),
     "model": (lambda one: small(with_parameter, checkpoint=one).run(Y),
               "the latent sites differ, {'a': [], 'b': []} then and {'mu': []} now"),
     "recipe": (lambda one: small(bent, AutoFlow(bent, radial), checkpoint=one).run(Y),
@@ -241,7 +249,7 @@ def test_another_fit_in_the_same_folder_is_refused_in_one_sentence(begun, other)
 
 LOADERS = {"batch": (lambda: ArrayLoader(X, batch_size=10),
                      "the loaders differ, .*'batch_size': 8} then and .*'batch_size': 10} now"),
-           "data": (lambda: ArrayLoader(X + 1, batch_size=8), "the model or its data differ"),
+           "data": (lambda: ArrayLoader(X + 1, batch_size=8), "the data differ, first 'y'"),
            "kind": (data_loader, "the loaders differ, .* then and .* now")}
 
 

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_nfvi.inference.problem as problem
 from pyro_nfvi import NFVI, ArrayLoader, AutoFlow
@@ -12,8 +12,8 @@ from pyro_nfvi.flows import FixedLinear, Flow, Gaussian, auto
 from pyro_nfvi.inference.all_data import AllData
 from pyro_nfvi.inference.batch_stream import BatchStream, sampled_rows
 from pyro_nfvi.inference.centring import centred
+from pyro_nfvi.inference.identity import identity
 from pyro_nfvi.inference.importance import scored
-from pyro_nfvi.inference.kept import identity
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint
 from pyro_nfvi.inference.problem import Setup
@@ -116,6 +116,61 @@ def test_a_fit_of_no_finite_start_names_the_site_that_is_bad():
         fit(model, in_order(x, y))
 
 
+def as_dict(**more):
+    x, y = rows()
+    return [{"x": x, "y": y, **more}]
+
+
+def of_pairs(batch):
+    logistic(*batch)
+
+
+def of_dicts(batch):
+    logistic(**batch)
+
+
+@pytest.mark.parametrize(("model", "loader", "args", "kwargs", "words"), [
+    (of_pairs, in_order(*rows()), (), {}, r"\(batch\): too many positional arguments. A batch of "
+     r"`loader` gives 2 of them; take it whole: NFVI\(lambda \*batch: model\(batch\)\)."),
+    (of_dicts, as_dict(), (), {}, r"\(batch\): missing a required argument: 'batch'. A batch of "
+     r"`loader` gives 'x', 'y'; take it whole: NFVI\(lambda \*\*batch: model\(batch\)\)."),
+    (logistic, in_order(*rows()), rows(), {}, r"\(x, y, num_rows=600\): too many positional "
+     "arguments. A batch of `loader` gives 2 of them, the call 2 more."),
+    (logistic, in_order(*rows()), (), {"noise": 1.0}, ".*'noise'. A batch of `loader` gives 2 of "
+     "them, the call 1 more."),
+    (logistic, as_dict(id=torch.arange(N)), (), {}, ".* argument 'id'. A batch of `loader` gives "
+     "'x', 'y', 'id'."),
+    (logistic, rows(), (), {}, ".*'y'. A batch of `loader` gives 1 of them."),
+], ids=["batch", "dict", "rows-twice", "keyword", "key", "no-batches"])
+def test_arguments_that_do_not_fit_the_model_are_told_with_those_of_the_batch(
+        model, loader, args, kwargs, words):
+    with pytest.raises(ValueError, match=f"^NFVI expected the arguments of the model, {words}$"):
+        NFVI(model, progress=False).run(*args, loader=loader, **kwargs)
+
+
+@pytest.mark.parametrize(("model", "loader"), [
+    (lambda *batch: of_pairs(batch), in_order(*rows())),
+    (lambda **batch: of_dicts(batch), as_dict())], ids=["pairs", "dicts"])
+def test_a_model_takes_a_batch_whole_as_it_is_told(model, loader):
+    assert _setup(model, loader).all_data.num_rows == N
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2400, 100), (2399, 99), (10, BATCH), (1e9, N)])
+def test_wide_rows_to_start_from_are_bounded_by_their_memory(monkeypatch, limit, expected):
+    monkeypatch.setattr(problem, "START_BYTES", limit)
+    start = _setup(logistic, in_order(*rows())).start  # rows of three doubles
+    assert [len(part) for part in start.args] == [expected] * 2
+
+
+def test_workers_that_all_give_the_same_rows_are_told_to_share_them():
+    class Unshared(IterableDataset):
+        def __iter__(self):
+            return iter(zip(*rows(), strict=True))
+    with pytest.raises(ValueError, match="to give all 600 rows once, as the model says, got more. "
+                                         "Its workers must share the rows"):
+        _setup(logistic, DataLoader(Unshared(), batch_size=BATCH, num_workers=2))
+
+
 class Counted(Dataset):
     """Rows that count how often they are read."""
 
@@ -180,7 +235,7 @@ def test_a_mean_that_is_no_mode_keeps_its_distance_when_it_moves_to_where_all_ro
     in_order, lambda *tensors: DataLoader(TensorDataset(*tensors), batch_size=BATCH)])
 def test_data_that_change_after_the_first_batch_are_other_data(loader):
     def density(y):
-        return identity(_setup(logistic, loader(x, y)))["the model or its data"]
+        return identity(_setup(logistic, loader(x, y)))["the densities of the sites"]["y"]
     x, y = rows()
     late = y.clone()
     late[LATE:] = 1 - late[LATE:]

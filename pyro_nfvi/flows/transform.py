@@ -152,7 +152,12 @@ class FromTransform(Bijection):
         source = self._transform[0]
         if isinstance(source, Transform):
             return source
-        transform = source(context) if self.context_dim else source()
+        try:
+            transform = source(context) if self.context_dim else source()
+        except TypeError as error:
+            given = "a context" if self.context_dim else "nothing"
+            raise ValueError(f"FromTransform expected `transform` to be a function of {given} that "
+                             f"returns a transform, got TypeError: {error}.") from error
         if not isinstance(transform, Transform):
             raise ValueError("FromTransform expected `transform` to return a transform, got "
                              f"{type_name(transform)}.")

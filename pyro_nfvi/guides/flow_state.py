@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyro_nfvi import flows
+from pyro_nfvi._shapes import type_name
 from pyro_nfvi.flows import (
     Compose,
     Diagonal,
@@ -34,14 +35,30 @@ def load_flow_state(guide: AutoFlow, content: Mapping[str, Any]) -> None:
     """Build the flow of :func:`flow_state` in a guide that is set up, and load its numbers.
 
     Raises:
-        RuntimeError: If the guide's own flow or noise is of another kind or size.
+        ValueError: If the guide's own flow or noise is of another kind or size.
     """
     state = content["state"]
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     like = guide._flow().base.zeros
-    fit_frame(guide, content["flow"])
-    guide.to(dtype=dtypes.pop() if len(dtypes) == 1 else None, device=like.device)
-    guide.load_state_dict(state)
+    try:
+        fit_frame(guide, content["flow"])
+        guide.to(dtype=dtypes.pop() if len(dtypes) == 1 else None, device=like.device)
+        guide.load_state_dict(state)
+    except (RuntimeError, ValueError):
+        if difference := first_difference(guide.state_dict(), state):
+            raise ValueError(f"{type_name(guide)} is not the guide that was fitted: {difference}. "
+                             "Build it as that one.") from None
+        raise
+
+
+def first_difference(own: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """The first parameter that is in one alone, or of other sizes; else an empty string."""
+    for name in {**saved, **own}:
+        then, now = (f"of shape {list(state[name].shape)}" if name in state else "not there"
+                     for state in (saved, own))
+        if then != now:
+            return f"{name!r} was {then}, now it is {now}"
+    return ""
 
 
 def flow_config(flow: Flow) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from pyro_nfvi._shapes import check_tensor
 from pyro_nfvi.engine.compiled import Compiled, try_record
 from pyro_nfvi.engine.record import NotRecordable, is_recording
 from pyro_nfvi.guides.layout import LatentLayout
+from pyro_nfvi.inference.batch_stream import counted
 from pyro_nfvi.inference.checks import check_data
 from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint
-from pyro_nfvi.inference.scaling import GivenRows, check_scaling
+from pyro_nfvi.inference.scaling import GivenRows, check_others, check_scaling
 from pyro_nfvi.inference.score import value_and_gradient
 
 MOST_POINTS = 256  # scored at once
@@ -71,14 +72,19 @@ class AllData(LogJoint):
                  ) -> None:
         self.feed, self.progress = feed, progress
         self._given = model, args, kwargs
-        self.example = [rows.clone() for rows in next(feed.passes())]
+        passes = feed.passes()
+        self.example = [rows.clone() for rows in next(passes)]
+        size, num_rows = len(self.example[0]), feed.num_rows
+        if num_rows is None and next(passes, None) is None:  # a single batch
+            num_rows = size
         super().__init__(model, *feed.arguments(args, kwargs, self.example), layout, dtype)
-        plate = check_scaling(self, len(self.example[0]), feed.num_rows)
-        self.model, self.num_rows = GivenRows(plate.name)(model), plate.full_size
+        plate = check_scaling(self, size, num_rows)
+        self.num_rows = plate.full_size
         self._compiled: dict[tuple, Compiled] = {}
         self._width: float | None = None  # numbers made for a row and a point, at most
         self._checked = False  # whether all rows have been looked at
         self.whole = not self._follows(plate)  # whether rows come all at once only
+        self.model = GivenRows(plate.name)(model)
 
     @property
     def given(self) -> tuple[Callable, tuple, dict]:
@@ -135,14 +141,9 @@ class AllData(LogJoint):
         with tqdm(total=self.num_rows, desc="all data", unit=" rows",
                   disable=not self.progress,
                   leave=False) as bar:
-            seen = 0
-            for batch in self.feed.passes(batch_size):
+            for batch in counted(self.feed.passes(batch_size), self.num_rows):
                 yield batch
-                seen += len(batch[0])
                 bar.update(len(batch[0]))
-        if seen != self.num_rows:
-            raise ValueError(f"NFVI expected `loader` to give all {self.num_rows} rows once, as "
-                             f"the model says, got {seen}.")
 
     def _plainly(self, gradient: bool) -> Evaluate:
         """What evaluates points and rows as they come."""
@@ -168,6 +169,11 @@ class AllData(LogJoint):
             return compiled.program([points, *batch], draws)[1]
         return evaluate
 
+    def of_set_rows(self) -> LogJoint | None:
+        """That of some rows from all over; None if the loader has an order of its own."""
+        rows = self.feed.opening()
+        return None if rows is None else self.of_batch(rows)
+
     def of_batch(self, batch: Sequence[Tensor]) -> LogJoint:
         """The log joint that a batch stands for."""
         one = LogJoint(self.model, *self.feed.arguments(*self._given[1:], batch), self.layout,
@@ -192,14 +198,20 @@ class AllData(LogJoint):
 
     def _follows(self, plate: Any) -> bool:
         """Whether the plate of the data has the size of the batch, as the last may be smaller."""
-        few = [rows[:-1] for rows in self.example]
-        if not len(few[0]):
-            return True
+        size = len(self.example[0])
+        num = max(1, size // 2)
+        few = [rows[:num] for rows in self.example]
+        half, twice = self.of_batch(few), self.of_batch([torch.cat([rows, rows]) for rows in few])
         try:
-            return bool(check_scaling(self.of_batch(few), len(few[0]), self.num_rows))
+            follows = all(check_scaling(one, count, self.num_rows)
+                          for one, count in ((half, num), (twice, 2 * num)))
         except ValueError:  # Pyro's, that plate and data differ, or ours
-            if plate.size == plate.full_size:
-                return False
+            follows = False
+        if follows:
+            check_others(half, twice, num, plate)
+            return True
+        if self.feed.num_own == size == self.num_rows:
+            return False
         raise ValueError(f"NFVI expected plate {plate.name!r} to have as many rows as the batch, "
                          f"of whatever size. Write: with pyro.plate({plate.name!r}, "
                          f"{self.num_rows}, subsample_size=len(x)):")

@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_nfvi._random import forked_rng
-from pyro_nfvi._shapes import check_positive_float, check_positive_int, type_name
+from pyro_nfvi._shapes import check_positive_float, check_positive_int, check_seed, type_name
 from pyro_nfvi.guides import AutoAmortizedFlow
 from pyro_nfvi.guides.prototype import is_subsampled
 from pyro_nfvi.inference.stopping import OneCycle
@@ -175,6 +175,7 @@ def reoptimize(elbo: Callable[[Tensor, int], Tensor], features: Tensor, *, num_s
     check_positive_int(owner, "num_steps", num_steps)
     check_positive_int(owner, "num_particles", num_particles)
     check_positive_float(owner, "lr", lr)
+    check_seed(owner, seed)
     with forked_rng(seed) if seed is not None else nullcontext():
         own = _optimized(elbo, features.detach(), num_steps, lr, num_particles)
         with torch.no_grad():

@@ -42,8 +42,8 @@ class ArrayLoader:
             the arrays are mapped from files larger than half the memory.
 
     Raises:
-        ValueError: If there is no array, one is of another kind or number of rows, or there is
-            no row.
+        ValueError: If there is no array, one is of another kind or number of rows or masks some
+            numbers, or there is no row.
 
     Attributes:
         num_rows: Number of rows.
@@ -199,6 +199,10 @@ class _Column:
             hint = f" Convert it: {'.to_numpy()' if hasattr(array, 'to_numpy') else 'np.asarray'}."
             raise ValueError(f"ArrayLoader expected `{self.name}` to be a tensor or a NumPy array, "
                              f"got {type_name(array)}.{hint}")
+        if np.ma.is_masked(array):
+            raise ValueError(f"ArrayLoader expected `{self.name}` without a mask, got "
+                             f"{np.ma.count_masked(array)} masked numbers. Fill them with "
+                             ".filled(0.0), and pass the mask as an array, for poutine.mask.")
         self.is_mapped = _is_mapped(array)
         self.array = _host_array(self.name, array)
         if not self.array.ndim:

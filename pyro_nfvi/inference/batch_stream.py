@@ -107,13 +107,13 @@ class BatchStream:
         self._fill()
         self.supplied = (self.row, [rows[:0] for rows in self.pending])
 
-    def some(self, num_rows: int) -> list[Tensor]:
-        """Rows at random; of a loader with an order of its own, by reading all."""
+    def some(self, num_rows: int, total: int | None = None) -> list[Tensor]:
+        """Rows at random; of a loader with an order of its own, by reading all, and counting."""
         seed = mixed_seed(self.seed, 0)
         order = torch.Generator().manual_seed(seed)
         batches = self._beside(seed, lambda rows: RandomSampler(rows, generator=order))
         if not isinstance(_sampler(self.loader), (*ALL_ROWS, SubsetRandomSampler)):
-            return sampled_rows(batches, num_rows, order)
+            return sampled_rows(counted(batches, total), num_rows, order)
         return [rows[:num_rows] for rows in next(regrouped(batches, num_rows))]
 
     def all(self, batch_size: int) -> Iterator[list[Tensor]]:
@@ -290,9 +290,23 @@ def checked_loader(loader: Any) -> Any:
         raise ValueError(f"{WANTED} to be one that can be iterated again and again, got "
                          f"{type_name(loader)}, which is exhausted after one epoch. Wrap it in a "
                          "class whose __iter__ begins anew, or pass a list of its batches.")
-    if isinstance(loader, DataLoader) and loader.drop_last:  # streams need no full batches
-        return _other_loader(loader, loader.sampler)
+    if (name := _replacing(loader)) is not None:
+        raise ValueError(f"{WANTED} to give each row once an epoch, got one whose {name} draws "
+                         "with replacement. Take DataLoader(dataset, batch_size=512, "
+                         "shuffle=True), and weigh rows in the model: poutine.scale.")
+    if isinstance(loader, DataLoader) and (loader.drop_last or getattr(
+            loader.batch_sampler, "drop_last", False)):  # streams need no full batches
+        return _other_loader(loader, _sampler(loader))
     return loader
+
+
+def _replacing(loader: Any) -> str | None:
+    """Type of a sampler that gives rows more than once, unless passes over all leave it out."""
+    sampler = _sampler(loader)
+    left_out = isinstance(sampler, ALL_ROWS) and type(loader.batch_sampler) is BatchSampler
+    samplers = getattr(loader, "sampler", None) if sampler is None else sampler,
+    return next((type_name(one) for one in samplers
+                 if getattr(one, "replacement", False) and not left_out), None)
 
 
 def number_of_rows(loader: Any) -> int | None:
@@ -320,6 +334,24 @@ def regrouped(batches: Iterable[list[Tensor]], batch_size: int) -> Iterator[list
             held, count = [rest], len(rest[0])
     if count:
         yield [torch.cat(rows) for rows in zip(*held, strict=True)]
+
+
+def counted(batches: Iterable[list[Tensor]], num_rows: int | None) -> Iterator[list[Tensor]]:
+    """The same batches, which must have so many rows together. Default: any number.
+
+    Raises:
+        ValueError: If they have fewer, or as soon as they have more: some loaders never end.
+    """
+    seen = 0
+    for batch in batches:
+        seen += len(batch[0])
+        if num_rows is not None and seen > num_rows:
+            raise ValueError(f"{WANTED} to give all {num_rows} rows once, as the model says, got "
+                             "more. Its workers must share the rows, and an epoch must end.")
+        yield batch
+    if num_rows is not None and seen < num_rows:
+        raise ValueError(f"{WANTED} to give all {num_rows} rows once, as the model says, got "
+                         f"{seen}.")
 
 
 def spread(num_rows: int, count: int) -> Tensor:
@@ -374,10 +406,10 @@ def _other_loader(loader: DataLoader, sampler: Any) -> DataLoader:
     """A copy of a loader with another order, its last batch, and workers of its own."""
     other = copy.copy(loader)
     given: dict[str, Any] = {"_iterator": None, "drop_last": False}
-    if not isinstance(loader.dataset, IterableDataset) and type(
-            loader.batch_sampler) is BatchSampler:
+    batches = loader.batch_sampler
+    if not isinstance(loader.dataset, IterableDataset) and type(batches) is BatchSampler:
         given |= {"sampler": sampler,
-                  "batch_sampler": BatchSampler(sampler, loader.batch_size or 1, False)}
+                  "batch_sampler": BatchSampler(sampler, batches.batch_size, False)}
     other.__dict__.update(given)
     return other
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -14,7 +17,7 @@ NUM_STEPS = 3  # each of which reads all rows
 ENOUGH = 0.01  # nats that a further step may promise
 
 
-def centred(flow: Flow, all_data: AllData, score: Score) -> Flow:
+def centred(flow: Flow, all_data: AllData, score: Score, deadline: float = math.inf) -> Flow:
     r"""Move a Gaussian by Newton steps on the log joint of all rows.
 
     .. math:: \mu \leftarrow \mu + A A^\top \left(\nabla \log p(x, \mu)
@@ -30,6 +33,7 @@ def centred(flow: Flow, all_data: AllData, score: Score) -> Flow:
         flow: The Gaussian.
         all_data: The log joint of all rows.
         score: The log joint of the rows it was found from.
+        deadline: Time of ``time.monotonic()`` after which no further step is made.
 
     References:
         Le Cam (1956), On the asymptotic theory of estimation and testing hypotheses (one step
@@ -42,7 +46,7 @@ def centred(flow: Flow, all_data: AllData, score: Score) -> Flow:
     value, gradient = _at(all_data, frame.shift, tilt)
     for _ in range(NUM_STEPS):
         step = _newton(frame, gradient)
-        if not step @ gradient > ENOUGH:
+        if not step @ gradient > ENOUGH or time.monotonic() > deadline:
             break
         new_value, new_gradient = _at(all_data, frame.shift + step, tilt)
         if not new_value > value:

@@ -38,8 +38,9 @@ from pyro_nfvi.inference.density_data import (
 )
 from pyro_nfvi.inference.density_loops import DensityHistory, DensityLoop, LikelihoodLoop
 from pyro_nfvi.inference.density_start import data_start, density_start
+from pyro_nfvi.inference.identity import described, sampled
 from pyro_nfvi.inference.importance import NUM_SAMPLES, ImportanceSample, importance_sample
-from pyro_nfvi.inference.kept import described, keeping, sampled, way_on
+from pyro_nfvi.inference.kept import keeping, way_on
 from pyro_nfvi.inference.log_density import NUM_COMPARED, LogDensity, shown
 from pyro_nfvi.inference.loop import Stage
 from pyro_nfvi.inference.objectives import ELBO

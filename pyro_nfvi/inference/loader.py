@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,8 +45,8 @@ class Stream(Protocol):
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Go there."""
 
-    def some(self, num_rows: int) -> list[Tensor]:
-        """So many rows, or all if there are fewer; no other order is disturbed."""
+    def some(self, num_rows: int, total: int | None = None) -> list[Tensor]:
+        """So many of all rows, or all if there are fewer; no other order is disturbed."""
 
     def all(self, batch_size: int) -> Iterator[list[Tensor]]:
         """All rows once, the last batch perhaps smaller; no other order is disturbed."""
@@ -76,7 +77,8 @@ class LoaderFeed:
 
     Raises:
         ValueError: If the loader is of another kind, gives no batch or something else than
-            tensors, or its batch size is not divisible by the number of processes.
+            tensors, draws rows with replacement, or its batch size is not divisible by the number
+            of processes.
 
     Attributes:
         live: The tensors of one batch, or of this process's part of it.
@@ -93,7 +95,8 @@ class LoaderFeed:
         self.device = None if device is None else torch.device(device)
         seed = int(torch.randint(2 ** 62, ())) if seed is None else seed
         kind = ArrayStream if isinstance(loader, ArrayLoader) else BatchStream
-        self._stream: Stream = kind(loader, self._converted, rank, size, seed)
+        # No method of this feed: a circle of references lets workers wait until they are collected.
+        self._stream: Stream = kind(loader, partial(_converted, dtype), rank, size, seed)
         self.batch_size, self.names = self._stream.batch_size, self._stream.names
         self.live = [tensor.clone() for tensor in self._moved(self._stream.example)]
         self.num_own = len(self.live[0])
@@ -109,6 +112,11 @@ class LoaderFeed:
     def kind(self) -> str:
         """How the loader is read."""
         return type(self._stream).__name__
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row, as the fit takes it."""
+        return max(1, sum(tensor.nbytes for tensor in self.live) // self.num_own)
 
     @property
     def most(self) -> int:
@@ -157,9 +165,13 @@ class LoaderFeed:
         self._stream.restore(snapshot)
         self.step, self._start = snapshot["step"], snapshot["start"]
 
-    def first(self, num_rows: int) -> list[Tensor]:
-        """So many rows to start from, or all if there are fewer: the same for all processes."""
-        return self._moved(self._stream.some(num_rows))
+    def first(self, num_rows: int, total: int | None = None) -> list[Tensor]:
+        """So many rows to start from, or all if there are fewer: the same for all processes.
+
+        Raises:
+            ValueError: If all had to be read, and are not ``total``.
+        """
+        return self._moved(self._stream.some(num_rows, total))
 
     def passes(self, batch_size: int | None = None) -> Iterator[list[Tensor]]:
         """All rows once, for each process, batch by batch; the last may be smaller."""
@@ -173,19 +185,27 @@ class LoaderFeed:
 
     def arguments(self, args: tuple, kwargs: Mapping[str, Any],
                   batch: Sequence[Tensor] | None = None) -> tuple[tuple, dict[str, Any]]:
-        """A model's arguments with those of a batch. Default: the live one."""
+        """A model's arguments with those of a batch. Default: the live one.
+
+        Raises:
+            ValueError: If a keyword is that of a batch, too.
+        """
         batch = self.live if batch is None else batch
         if self.names is None:
             return (*args, *batch), dict(kwargs)
+        if twice := sorted(set(self.names) & set(kwargs)):
+            raise ValueError(f"NFVI expected each argument of the model once, got {twice[0]!r} in "
+                             "the call and in the batches of `loader`. Leave it out of the call.")
         return args, {**kwargs, **dict(zip(self.names, batch, strict=True))}
-
-    def _converted(self, tensor: Tensor) -> Tensor:
-        return tensor.to(dtype=self.dtype) if tensor.is_floating_point() else tensor
 
     def _moved(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.device is not None and self.device.type == "cuda":  # copied while the host goes on
             tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
         return [tensor.to(device=self.device, non_blocking=True) for tensor in tensors]
+
+
+def _converted(dtype: torch.dtype | None, tensor: Tensor) -> Tensor:
+    return tensor.to(dtype=dtype) if tensor.is_floating_point() else tensor
 
 
 class ArrayStream:
@@ -245,7 +265,7 @@ class ArrayStream:
         self.order.block_size = snapshot["block_size"]
         self.order.num_mixed = snapshot["num_mixed"]
 
-    def some(self, num_rows: int) -> list[Tensor]:
+    def some(self, num_rows: int, total: int | None = None) -> list[Tensor]:
         """Rows at random: arrays may be sorted."""
         order = self.loader.order(mixed_seed(self.seed, 0))
         return [self.convert(rows) for rows in
@@ -313,4 +333,3 @@ class _Later:
             del self.function  # and with it the circle of references
         except BaseException as error:  # to be raised where it is waited for
             self.error = error
-

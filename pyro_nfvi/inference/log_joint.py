@@ -75,6 +75,10 @@ class LogJoint:
         """The user's model and arguments, without those of a minibatch."""
         return self.model, self.args, self.kwargs
 
+    def of_set_rows(self) -> LogJoint | None:
+        """That of some rows of a loader, always the same; None if it has an order of its own."""
+        return self
+
     def __call__(self, z: Tensor) -> Tensor:
         """Log joint density of every particle."""
         z = check_tensor("LogJoint", "z", z, self.layout.size)

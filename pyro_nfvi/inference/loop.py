@@ -262,7 +262,12 @@ class Loop:
             self.keeper.due(len(elbo))  # from here on
         with deferred_signals(sigterm=self.keeper is not None) as signals:
             while len(elbo) < self.num_steps and not self.history.stopped:
-                self._steps(stepper)
+                try:
+                    self._steps(stepper)
+                except RuntimeError:  # workers of a loader hear signals too, and end at once
+                    if not signals.requested or self.team.size > 1:
+                        raise
+                    self._heed(stepper, signals)
                 self._look(stepper)
                 if len(elbo) * NUM_CHECKS >= self.checks * self.num_steps:  # the last at the end
                     self.checks += 1

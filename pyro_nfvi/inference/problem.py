@@ -21,7 +21,8 @@ from pyro_nfvi.inference.loader import LoaderFeed
 from pyro_nfvi.inference.log_joint import LogJoint, converted, default_dtype, first_bad
 from pyro_nfvi.inference.team import Team
 
-START_ROWS = 20_000  # of a loader, that the Gaussians are fitted to
+START_ROWS = 20_000  # of a loader, that the Gaussians are fitted to, at most
+START_BYTES = 2 ** 26  # of them, if that is a batch or more
 ABOUT_PLATES = "Shape mismatch inside plate", "subsample_size does not match", "index "
 
 
@@ -78,7 +79,8 @@ class Setup:
         """Set the problem up for these arguments of the model.
 
         Raises:
-            ValueError: If the guide cannot handle the model, or its data are no numbers.
+            ValueError: If the guide cannot handle the model, the model does not take the
+                arguments, or its data are no numbers.
         """
         if loader is None:
             check_arguments("NFVI", self.model, args, kwargs)
@@ -118,17 +120,34 @@ class Setup:
     def _of_minibatches(self, fresh: bool, args: tuple, kwargs: dict, feed: LoaderFeed,
                         dtype: torch.dtype | None) -> Problem:
         batch = feed.arguments(args, kwargs)
+        self._check_arguments(args, kwargs, feed)
         with _blaming_plates(feed.num_own):
             self._set_up_guide(*batch, dtype)
         layout = self.guide.layout
         all_data = AllData(self.model, args, kwargs, layout, feed, dtype, self.progress)
         log_joint = self._checked(all_data.model, *batch, dtype)
-        some = feed.arguments(args, kwargs, feed.first(START_ROWS))
+        num_rows = min(START_ROWS, max(feed.batch_size, START_BYTES // feed.row_bytes))
+        some = feed.arguments(args, kwargs, feed.first(num_rows, all_data.num_rows))
         start = LogJoint(all_data.model, *some, layout, dtype)
         check_data("NFVI", start, self.guide._init_loc())
         for same in (all_data, start):
             same.batched, same.reason = log_joint.batched, log_joint.reason
         return Problem(self.guide, fresh, log_joint, feed, all_data, start)
+
+    def _check_arguments(self, args: tuple, kwargs: dict, feed: LoaderFeed) -> None:
+        """Refuse a batch and arguments beside it that the model does not take."""
+        together = feed.arguments(args, kwargs)
+        try:
+            check_arguments("NFVI", self.model, *together)
+        except ValueError as error:
+            gives = ", ".join(map(repr, feed.names or ())) or f"{len(feed.live)} of them"
+            hint = f"A batch of `loader` gives {gives}"
+            if args or kwargs:
+                hint += f", the call {len(args) + len(kwargs)} more"
+            elif _takes_one(self.model):
+                stars = "*" if feed.names is None else "**"
+                hint += f"; take it whole: NFVI(lambda {stars}batch: model(batch))"
+            raise ValueError(f"{error} {hint}.") from None
 
     def _set_up_guide(self, args: tuple, kwargs: dict, dtype: torch.dtype | None) -> None:
         try:
@@ -147,6 +166,15 @@ class Setup:
             warnings.warn(f"NFVI runs the model once for each of {self.num_particles} particles, "
                           f"which is slow: {log_joint.reason}", stacklevel=6)
         return log_joint
+
+
+def _takes_one(model: Callable) -> bool:
+    """Whether a model can be called with a single argument."""
+    try:
+        check_arguments("NFVI", model, (None,), {})
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from pyro_nfvi._random import forked_rng
 from pyro_nfvi.guides.prototype import is_subsampled
 from pyro_nfvi.inference.log_joint import LogJoint, is_deterministic
+
+SAME = 0.1  # relative; what is not the same is twice as much
 
 
 class GivenRows(Messenger):
@@ -73,23 +76,91 @@ def check_scaling(log_joint: LogJoint, batch_size: int, num_rows: int | None) ->
     name = "data" if found is None else found.name
     got = "no plate around observed sites" if found is None else \
         f"plate {found.name!r}, of {found.size} of {found.full_size} rows"
+    argument = _argument(log_joint, batch_size)
+    raise ValueError(_words(batch_size, num_rows, got, name, argument))
+
+
+@torch.no_grad()
+def check_others(half: LogJoint, twice: LogJoint, num_rows: int, plate: Any) -> None:
+    r"""Refuse an observed site that is not scaled, though another is.
+
+    A batch that has each row twice stands for the same likelihood, if it is scaled:
+
+    .. math:: \frac{N}{2n} \sum_{i=1}^n 2 \log p(x_i \mid z)
+              = \frac{N}{n} \sum_{i=1}^n \log p(x_i \mid z)
+
+    Args:
+        half: The model and a minibatch.
+        twice: The same with its rows twice.
+        num_rows: Number :math:`n` of rows of the first.
+        plate: The plate that scales the likelihood, as :func:`check_scaling` returns it.
+
+    Raises:
+        ValueError: If there is such a site.
+    """
+    try:
+        with GivenRows(plate.name):
+            before, after = (_scored(one) for one in (half, twice))
+    except (ValueError, RuntimeError):  # of values that are no draws, which others tell
+        return
+    for name, node in after.items():
+        totals = _totals(before.get(name, node), node, num_rows)
+        one_by_one = any(not frame.vectorized and frame.full_size == plate.full_size
+                         for frame in node["cond_indep_stack"])
+        if totals - {plate.full_size} or (not one_by_one and _changed(before.get(name), node)):
+            words = _words(plate.size, plate.full_size, f"site {name!r} that is not",
+                           plate.name, _argument(half, num_rows))
+            raise ValueError(f"{words} around it, row by row.")
+
+
+def _scored(log_joint: LogJoint) -> dict[str, dict[str, Any]]:
+    """Observed sites at some point, with their densities."""
+    trace = _trace(log_joint)
+    observed = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"
+                and node["is_observed"] and not is_deterministic(node)
+                and not site_is_subsample(node)}
+    with log_joint.surroundings():
+        trace.compute_log_prob(lambda name, _: name in observed)
+    return observed
+
+
+def _totals(before: dict[str, Any], after: dict[str, Any], num_rows: int) -> set[int]:
+    """Numbers of rows that plates scale a batch of so many rows to, and one of twice as many."""
+    small = {frame.name for frame in before["cond_indep_stack"] if frame.size == num_rows}
+    return {frame.full_size for frame in after["cond_indep_stack"] if frame.name in small
+            and frame.size == 2 * num_rows and is_subsampled(frame)}
+
+
+def _changed(before: dict[str, Any] | None, after: dict[str, Any]) -> bool:
+    """Whether a site is new, or of another density."""
+    if before is None or not before["log_prob_sum"].isfinite():
+        return before is None
+    allowed = SAME * float(before["log_prob"].abs().sum())
+    return not torch.isclose(after["log_prob_sum"], before["log_prob_sum"], 0.0, allowed)
+
+
+def _words(batch_size: int, num_rows: int | None, found: str, name: str, argument: str) -> str:
     total = "num_rows" if num_rows is None else num_rows
-    raise ValueError(
-        f"NFVI expected the model to scale its likelihood from a batch of {batch_size} rows to "
-        f"all {'rows' if num_rows is None else f'{num_rows} rows'}, found {got}. Write: with "
-        f"pyro.plate({name!r}, {total}, subsample_size=len({_argument(log_joint, batch_size)})):")
+    return (f"NFVI expected the model to scale its likelihood from a batch of {batch_size} rows to "
+            f"all {'rows' if num_rows is None else f'{num_rows} rows'}, found {found}. Write: with "
+            f"pyro.plate({name!r}, {total}, subsample_size=len({argument})):")
 
 
 def _nodes(log_joint: LogJoint, batch_size: int) -> dict[str, dict[str, Any]]:
     """Sample statements of the model, at some point."""
-    given = [leaf for leaf in tree_leaves((log_joint.args, log_joint.kwargs))
-             if isinstance(leaf, Tensor)]
-    drawn = GivenRows(batch_size=batch_size)
-    with log_joint.surroundings(), torch.no_grad(), forked_rng(), drawn:
-        device = given[0].device if given else None
-        nodes = log_joint.trace(torch.zeros(log_joint.layout.size, device=device)).nodes
+    with GivenRows(batch_size=batch_size):
+        nodes = _trace(log_joint).nodes
     return {name: node for name, node in nodes.items()
             if node["type"] == "sample" and not site_is_subsample(node)}
+
+
+def _trace(log_joint: LogJoint) -> Trace:
+    """The model at some point; the same random numbers at each call."""
+    given = [leaf for leaf in tree_leaves((log_joint.args, log_joint.kwargs))
+             if isinstance(leaf, Tensor)]
+    device = given[0].device if given else None
+    with log_joint.surroundings(), torch.no_grad(), forked_rng(0):
+        return log_joint.trace(torch.zeros(log_joint.layout.size, device=device))
 
 
 def _check_latents(log_joint: LogJoint, nodes: dict[str, dict[str, Any]], plate: Any) -> None:

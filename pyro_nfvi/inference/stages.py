@@ -243,7 +243,7 @@ class Stages:
             bar.update()
             flow = self._mixture(start)
             if self.all_data is not None:
-                flow = centred(flow, self.all_data, self.score)
+                flow = centred(flow, self.all_data, self.score, self.options.deadline)
             self._install(flow)
             self.history.stages.append(Stage("Gaussian", gradients=self.score.evaluations))
             bar.update()

@@ -18,7 +18,8 @@ from pyro_nfvi._random import forked_rng
 from pyro_nfvi._shapes import check_flag, check_positive_float, check_positive_int, check_seed
 from pyro_nfvi.engine import Stepper, check_tier
 from pyro_nfvi.inference import ArrayLoader, Checkpoint, History
-from pyro_nfvi.inference.kept import described, keeping, sampled, way_on
+from pyro_nfvi.inference.identity import described, sampled
+from pyro_nfvi.inference.kept import keeping, way_on
 from pyro_nfvi.inference.loop import MAX_ROLLBACKS
 from pyro_nfvi.inference.module_loop import ModuleLoop
 from pyro_nfvi.inference.stopping import OneCycle

@@ -443,3 +443,10 @@ def test_a_double_wrap_is_the_bijection():
         torch.testing.assert_close(a, b)
     assert set(twice.parameters()) == set(bijection.parameters())
     assert torch.equal(copy.deepcopy(twice)(u)[0], twice(u)[0])
+
+
+def test_a_transform_that_needs_other_arguments_is_refused():
+    layer = FromTransform(Gaussian, 1)
+    with pytest.raises(ValueError, match="FromTransform expected `transform` to be a function of "
+                                         "nothing that returns a transform, got TypeError: "):
+        layer(torch.zeros(3, 1))

@@ -6,8 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyro_nfvi.inference.all_data as all_data_module
 from pyro_nfvi import AutoFlow, planar
@@ -183,6 +184,112 @@ def test_a_loader_that_has_other_rows_than_the_model_says_is_refused():
     batches = list(zip(X[:900].split(100), Y[:900].split(100), strict=True))
     with pytest.raises(ValueError, match="to give all 1003 rows once, as the model says, got 900"):
         all_data_of(regression, batches)(torch.zeros(2, 4, dtype=DOUBLE))
+    with pytest.raises(ValueError, match="to give all 1003 rows once, as the model says, got more"):
+        all_data_of(regression, batches * 2)(torch.zeros(2, 4, dtype=DOUBLE))
+
+
+class Endless(IterableDataset):
+    """Rows without an end."""
+
+    def __iter__(self):
+        while True:
+            yield X[0], Y[0]
+
+
+def test_rows_without_an_end_are_refused_as_soon_as_they_are_too_many():
+    every = all_data_of(regression, DataLoader(Endless(), batch_size=100))
+    with pytest.raises(ValueError, match="all 1003 rows once, .* got more. Its workers must share"):
+        every(torch.zeros(2, 4, dtype=DOUBLE))
+
+
+# ------------------------------------------------------------------ a second likelihood
+
+def and_another(observe, *, num_rows=N):
+    """A mean that some rows tell about, and others as ``observe`` says."""
+    def model(x, y):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", num_rows, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x[:, 0])
+        observe(dist.Normal(mean, 1.0), y)
+    return model
+
+
+def in_a_plate(*sizes, **options):
+    def observe(normal, y):
+        with pyro.plate("more", *(size or len(y) for size in sizes),
+                        **{name: len(y) for name in options}):
+            pyro.sample("v", normal, obs=y)
+    return observe
+
+
+def in_no_plate(normal, y):
+    pyro.sample("v", normal.expand([len(y)]).to_event(1), obs=y)
+
+
+def as_a_factor(normal, y):
+    pyro.factor("v", normal.log_prob(y).sum())
+
+
+def by_its_mean(normal, y):
+    pyro.sample("v", dist.Normal(normal.loc, len(y) ** -0.5), obs=y.mean())
+
+
+def one_by_one(normal, y):
+    for i in range(len(y)):
+        pyro.sample(f"v{i}", normal, obs=y[i])
+
+
+def summed_in_the_plate(normal, y):
+    with pyro.plate("rows", N, subsample_size=len(y)):
+        as_a_factor(normal, y)
+
+
+def scaled_by_hand(normal, y):
+    with poutine.scale(scale=N / len(y)):
+        in_no_plate(normal, y)
+
+
+def scaled_factor(normal, y):
+    pyro.factor("v", N / len(y) * normal.log_prob(y).sum())
+
+
+def one_by_one_in_a_plate(normal, y):
+    for i, _ in enumerate(pyro.plate("more", N, subsample_size=len(y))):
+        pyro.sample(f"v{i}", normal, obs=y[i])
+
+
+def of_no_batch(normal, y):
+    pyro.sample("v", normal, obs=torch.tensor(3.0))
+    with pyro.plate("known", 77, subsample_size=4) as chosen:
+        pyro.sample("w", normal, obs=torch.linspace(-1.0, 1.0, 77)[chosen])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, N])
+@pytest.mark.parametrize("observe", [
+    in_a_plate(None), in_a_plate(2 * N, subsample_size=None), in_no_plate, as_a_factor,
+    by_its_mean, one_by_one, summed_in_the_plate,
+], ids=["plate", "other-total", "none", "factor", "mean", "one-by-one", "sum"])
+def test_a_second_likelihood_that_is_not_scaled_is_refused(observe, batch_size):
+    with pytest.raises(ValueError, match=(
+            rf"^NFVI expected the model to scale its likelihood from a batch of {batch_size} rows "
+            r"to all 1003 rows, found site 'v\d*' that is not. Write: with pyro.plate\('data', "
+            r"1003, subsample_size=len\(x\)\): around it, row by row.$")):
+        all_data_of(and_another(observe), ArrayLoader(X, Y, batch_size=batch_size))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, N])
+@pytest.mark.parametrize("observe", [
+    in_a_plate(N, subsample_size=None), scaled_by_hand, scaled_factor, one_by_one_in_a_plate,
+    of_no_batch,
+], ids=["plate", "by-hand", "factor", "one-by-one", "of-no-batch"])
+def test_a_second_likelihood_that_is_scaled_or_of_no_batch_passes(observe, batch_size):
+    every = all_data_of(and_another(observe), ArrayLoader(X, Y, batch_size=batch_size))
+    assert (every.num_rows, every.whole) == (N, False)
+
+
+def test_a_single_row_is_all_of_them():
+    model = and_another(in_a_plate(1, subsample_size=None), num_rows=1)
+    assert all_data_of(model, ArrayLoader(X[:1], Y[:1], batch_size=1)).whole
 
 
 def test_a_plate_that_does_not_follow_the_batch_is_refused():
@@ -202,6 +309,30 @@ def test_one_batch_of_all_rows_needs_no_scale():
     every = all_data_of(model, ArrayLoader(X, Y, batch_size=5000))
     z = torch.randn(3, 3, dtype=DOUBLE)
     torch.testing.assert_close(every(z), whole_of(model, X, Y)(z), rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("subsample_size", [None, N])
+def test_one_batch_of_a_list_is_seen_to_be_all_rows(subsample_size):
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("data", len(x), subsample_size=subsample_size and len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y)
+    every = all_data_of(model, [(X, Y)])
+    z = torch.randn(3, 3, dtype=DOUBLE)
+    torch.testing.assert_close(every(z), whole_of(model, X, Y)(z), rtol=1e-12, atol=1e-9)
+    with pytest.raises(ValueError, match="batch of 1003 rows to all 1003 rows, found plate 'data', "
+                                         "of 1003 of 2000 rows"):
+        all_data_of(and_another(of_no_batch, num_rows=2000), [(X, Y)])
+
+
+def test_one_batch_of_all_rows_needs_a_scale_if_processes_share_it():
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+    feed = LoaderFeed(ArrayLoader(Y[:1000], batch_size=1000), dtype=DOUBLE, size=2)
+    with pytest.raises(ValueError, match=r"pyro.plate\('data', 1000, subsample_size=len\(x\)\)"):
+        AllData(model, (), {}, layout_of(model, Y), feed, DOUBLE)
 
 
 def test_a_latent_of_another_size_is_named():

@@ -107,6 +107,7 @@ def test_one_datum_has_no_error_over_the_data():
     ({"num_steps": 0}, "amortization_gap expected `num_steps` to be an integer >= 1, got 0."),
     ({"num_particles": 1.5}, "amortization_gap expected `num_particles` to be an integer >= 1, "
                              "got 1.5."),
+    ({"seed": [1]}, "amortization_gap expected `seed` to be an integer or None, got [1]."),
     ({"lr": 0}, "amortization_gap expected `lr` to be a positive number, got 0."),
 ], ids=lambda value: None if isinstance(value, str) else next(iter(value)))
 def test_a_wrong_option_is_named(options, message):

@@ -106,11 +106,13 @@ def test_it_serves_a_plain_loop_of_svi():
     np.arange(24, dtype=np.uint32).reshape(8, 3),
     np.arange(24, dtype=np.float16).reshape(8, 3),
     np.arange(24).reshape(8, 3) > 11,
+    np.ma.masked_array(np.arange(24.0).reshape(8, 3)),
     torch.arange(24.0).reshape(3, 8).T,
     torch.arange(24.0, requires_grad=True).reshape(8, 3),
     torch.arange(24.0, dtype=torch.bfloat16).reshape(8, 3),
 ], ids=["float64", "big-endian", "gaps", "backwards", "fortran", "int32", "big-endian-int", "uint8",
-        "uint16", "uint32", "float16", "bool", "transposed", "requires-grad", "bfloat16"])
+        "uint16", "uint32", "float16", "bool", "nothing-masked", "transposed", "requires-grad",
+        "bfloat16"])
 def test_arrays_of_every_kind_give_their_rows(array):
     expected = array.detach().double() if isinstance(array, torch.Tensor) else \
         torch.from_numpy(array.astype(np.float64))
@@ -135,6 +137,8 @@ def test_arrays_of_every_kind_give_their_rows(array):
     ((np.ones(3, np.uint64),), {}, "got uint64"),
     ((np.ones(3, np.longdouble),), {}, "got"),
     ((np.ones(3, "O"),), {}, "got object"),
+    ((np.ma.masked_greater(np.arange(5.0), 2),), {},
+     r"`arrays\[0\]` without a mask, got 2 masked numbers. Fill them with .filled\(0.0\), "),
     ((torch.ones(3, 3).to_sparse(),), {}, "a dense tensor"),
     ((np.ones(3),), {"batch_size": 0}, "`batch_size` to be an integer >= 1"),
     ((np.ones(3),), {"batch_size": 2.0}, "`batch_size` to be an integer >= 1"),

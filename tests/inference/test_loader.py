@@ -21,6 +21,7 @@ from torch.utils.data import (
     RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
+    WeightedRandomSampler,
 )
 
 from pyro_nfvi.engine.compiled import Compiled
@@ -184,6 +185,12 @@ def test_dicts_go_to_the_model_by_name_and_others_by_place():
     assert (args[0], len(args), kwargs) == (1, 2, {"z": 2})
 
 
+def test_a_batch_that_names_what_the_call_gives_too_is_refused():
+    with pytest.raises(ValueError, match=r"^NFVI expected each argument of the model once, got 'x' "
+                                         r"in the call and in the batches of `loader`\. Leave"):
+        feed_of([{"y": ROWS, "x": X}]).arguments((), {"x": X, "z": 2})
+
+
 def test_a_slow_loader_is_asked_for_few_batches_at_once():
     class Slow(Noisy):
         def __getitem__(self, i):
@@ -287,6 +294,48 @@ def test_a_pass_has_all_rows_once_and_disturbs_nothing(make):
     assert equal([torch.cat(same) for same in zip(*parts, strict=True)], whole)
 
 
+class Reads(Noisy):
+    """Rows that are read several at a time, and count how many."""
+
+    def __init__(self):
+        self.counts = []
+
+    def __getitems__(self, indices):
+        self.counts.append(len(indices))
+        return [(X[i], ROWS[i]) for i in indices]
+
+
+def test_a_batch_sampler_reads_as_many_rows_at_a_time_in_a_pass_and_drops_none():
+    data = Reads()
+    feed = feed_of(DataLoader(data, batch_sampler=BatchSampler(RandomSampler(ROWS), 5, True)))
+    assert len(feed.take(23)[1].unique()) == 23
+    data.counts.clear()
+    assert torch.equal(torch.cat([rows for _, rows in feed.passes()]), ROWS)
+    assert data.counts == [5, 5, 5, 5, 3]
+
+
+def test_rows_drawn_evenly_with_replacement_are_passed_once_each():
+    feed = feed_of(data_loader(sampler=RandomSampler(ROWS, replacement=True, num_samples=9)))
+    assert torch.equal(torch.cat([rows for _, rows in feed.passes()]), ROWS)
+    assert len(feed.first(100)[0]) == feed.num_rows == 23
+
+
+class Endless(IterableDataset):
+    """Rows without an end."""
+
+    def __iter__(self):
+        while True:
+            yield X[0], ROWS[0]
+
+
+@pytest.mark.parametrize("make", [
+    lambda: DataLoader(Endless(), batch_size=5), lambda: [(X, ROWS), (X, ROWS)]])
+def test_rows_beyond_those_there_should_be_are_refused_where_all_are_read(make):
+    with pytest.raises(ValueError, match="^NFVI expected `loader` to give all 23 rows once, as the "
+                                         "model says, got more. Its workers must share"):
+        feed_of(make()).first(6, 23)
+
+
 def test_rows_to_start_from_are_drawn_from_everywhere():
     for name in ("arrays", "arrays-in-order", "in-order"):
         rows = torch.stack([feed_of(LOADERS[name](), seed).first(4)[1] for seed in range(60)])
@@ -369,6 +418,14 @@ def broken_after(count):
     return DataLoader(Broken(), batch_size=5)
 
 
+class Drawing(BatchSampler):
+    """Batches in an order that passes over all rows keep."""
+
+
+def weighted():
+    return WeightedRandomSampler(torch.ones(23), 23)
+
+
 class Once:
     """Gives batches at its first epoch only."""
 
@@ -388,6 +445,14 @@ class Once:
     (lambda: (x for x in X), "again and again, got generator, which is exhausted after one epoch"),
     (lambda: iter([X]), "got list_iterator, which is exhausted"),
     (lambda: [], "to give batches, got none in epoch 1.$"),
+    (lambda: data_loader(sampler=weighted()), "each row once an epoch, got one whose "
+     r"WeightedRandomSampler draws with replacement. Take DataLoader\(dataset, batch_size=512, "),
+    (lambda: DataLoader(TensorDataset(X), batch_sampler=BatchSampler(weighted(), 5, False)),
+     "whose WeightedRandomSampler draws"),
+    (lambda: DataLoader(list(X.split(1)), batch_size=None, sampler=weighted()),
+     "whose WeightedRandomSampler draws"),
+    (lambda: DataLoader(TensorDataset(X), batch_sampler=Drawing(
+        RandomSampler(X, replacement=True), 5, False)), "whose RandomSampler draws"),
     (Once, "got none in epoch 2. It must be one that can be iterated again"),
     (lambda: {"x": X}, "got str in batch 1 of epoch 1"),
     (lambda: [X.numpy()], "got ndarray in batch 1 of epoch 1. Convert it: torch.as_tensor"),
@@ -413,6 +478,14 @@ def test_an_error_of_the_user_s_dataset_comes_with_the_batch():
                        ) as caught:
         feed.take(4)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_workers_end_with_the_feed_and_not_when_it_is_collected():
+    feed = feed_of(data_loader(num_workers=2))
+    workers = feed._stream.batches.iterator._workers
+    assert all(worker.is_alive() for worker in workers)
+    del feed
+    assert not any(worker.is_alive() for worker in workers)
 
 
 # ------------------------------------------------------------------ the thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 
 import pytest
@@ -412,6 +413,28 @@ def fed_loop(feed, num_steps=20, compile="auto", noise=0.0):
         z = x + noise * torch.randn(4, 2, dtype=DOUBLE)
         return (feed.live[0] + 0 * z).sum(-1) - z.square().sum(-1), z
     return Loop([x], estimates, str, num_steps, 1e-12, progress=False, compile=compile, feed=feed)
+
+
+def test_a_feed_that_ends_with_the_signal_interrupts_the_fit_and_does_not_lose_it():
+    class Workers(Feed):
+        """Processes of the same group hear Ctrl-C too, and are gone before the next batch."""
+
+        def take(self, count):
+            if self.supplied:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            return super().take(count)
+    history = fed_loop(Workers()).run()
+    assert history.interrupted
+    assert len(history.elbo) == 3
+
+
+def test_a_feed_that_fails_by_itself_says_so():
+    class Broken(Feed):
+        def take(self, count):
+            raise RuntimeError("no such file")
+    with pytest.raises(RuntimeError, match="no such file"):
+        fed_loop(Broken()).run()
 
 
 @pytest.mark.parametrize("compile", ["c", "fx", "eager"])
