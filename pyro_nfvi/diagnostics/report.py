@@ -164,10 +164,10 @@ def verdict(sample: ImportanceSample, history: History, layout: LatentLayout | N
         opening = ("too few effective draws" if first.name == "effective draws"
                    else "do not trust these draws")
         return False, f"Verdict: {opening}: {first.words}. {sentence(note or first.action)}"
-    if all_but_equal(sample):
-        words = f"good ({EQUAL})"
-    elif sample.pareto_k < GOOD_K:
+    if sample.pareto_k < GOOD_K:
         words = f"good (k-hat below {GOOD_K})"
+    elif all_but_equal(sample):
+        words = f"good ({EQUAL})"
     else:
         words = (f"good after weighting (k-hat below {max_pareto_k(sample.num_samples):.2f}); "
                  "weighted draws (resample, to_arviz) are the ones to use")
