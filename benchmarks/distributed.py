@@ -1,6 +1,6 @@
 """What several processes gain: time of a step, with the particles of one fit shared between them.
 
-    python benchmarks/distributed.py [--processes 1 2 4] [--rows 100000] [--output results.md]
+    python benchmarks/distributed.py [--processes 1 2 4] [--rows 20000] [--output results.md]
 
 Strong scaling: the same 512 particles in all, shared by more processes, each with one thread, on
 one machine, connected by Gloo. Both models are logistic regressions with 10 latents, one of 1,000
@@ -146,7 +146,7 @@ def table(processes: Sequence[int], cases: Sequence[tuple[str, int, int]], numbe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--steps", type=int, nargs=2, default=[1500, 40],
                         help="of the small and the large model")
     parser.add_argument("--rounds", type=int, default=3)
