@@ -915,8 +915,10 @@ def _plain_warnings(fit: Fit) -> set[str]:
     keywords = {"shift": fit.shift} if fit.shift else {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with suppress(Exception):
-            poutine.trace(fit.model).get_trace(*fit.model.args(), **keywords).compute_log_prob()
+        for number in range(10):
+            pyro.set_rng_seed(number)
+            with suppress(Exception):
+                poutine.trace(fit.model).get_trace(*fit.model.args(), **keywords).compute_log_prob()
     return {str(warning.message)[:30] for warning in caught}
 
 
